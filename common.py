@@ -1,0 +1,533 @@
+"""Data and evaluation for the scripts of this repository, and nothing else.
+
+randomness · image operations · data · encoders · evaluation · pictures
+
+Loss, head, optimiser, schedule, loop and checkpoint stand in each script.
+"""
+
+import itertools
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from accelerate import PartialState
+from accelerate.utils import gather, tqdm
+from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as TF
+from torchvision.utils import save_image
+
+MEMORY_LIMIT = 8 * 2**30  # bytes of uint8 images that may lie on the device
+SETS = ("fashion-mini", "mnist", "fashionmnist", "cifar10", "cifar100", "stl10")
+ARCHITECTURES = ("small", "resnet18", "resnet34", "resnet50")
+
+
+def fail(message: str) -> NoReturn:
+    """Stop for what a user can mend: one line on stderr (not one a process), exit code 2."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+@contextmanager
+def written_aside(path: str | Path) -> Iterator[Path]:
+    """A path to write to, renamed to `path` once all went well: no reader meets half a file."""
+    aside = Path(path).with_name(f".partial-{Path(path).name}")  # writers look at the suffix
+    yield aside
+    os.replace(aside, path)
+
+
+# --------------------------------------------------------------------------------------- randomness
+def generator(*key: int) -> torch.Generator:
+    """A CPU generator that is a function of non-negative integers, such as (seed, epoch, step)."""
+    # The length goes in too: SeedSequence takes (1, 2) and (1, 2, 0) for the same.
+    state = np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+# --------------------------------------------------------------------------------- image operations
+# On x [B, C, H, W], float32 in 0..1, C 1 or 3. `draw(n, rng)` gives the parameters of n images, a
+# tuple of CPU tensors with n rows, distributed as in torchvision's transform of the same name; an
+# operation called with rows of them gives what torchvision.transforms.v2.functional gives.
+
+
+def grayscale(x: Tensor) -> Tensor:
+    """Luma in each of the channels of x [B, C, H, W], C 1 or 3."""
+    return TF.rgb_to_grayscale(x, x.shape[1])
+
+
+class RandomResizedCrop(NamedTuple):
+    """Crop of a random area and aspect ratio, resized to a square, mirrored with p `flip`."""
+
+    size: int
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+
+    def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        return torch.rand(n, 22, generator=rng), torch.rand(n, generator=rng) < self.flip
+
+    def boxes(self, u: Tensor, height: Tensor | int, width: Tensor | int) -> Tensor:
+        """Boxes [n, 4] (top, left, height, width) for u [n, 22] and images of these sizes."""
+        height, width = (torch.as_tensor(v).expand(len(u))[:, None] for v in (height, width))
+        area = height * width * (self.scale[0] + (self.scale[1] - self.scale[0]) * u[:, :10])
+        low, high = map(math.log, self.ratio)
+        ratio = torch.exp(low + (high - low) * u[:, 10:20])
+        # As torchvision: the first of ten tries that fits, else the middle at the nearest ratio.
+        w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+        fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+        first, found = fits.int().argmax(1, keepdim=True), fits.any(1, keepdim=True)
+        nearest = (width / height).clamp(*self.ratio)
+        h = torch.where(found, h.gather(1, first), (width / nearest).round().minimum(height))
+        w = torch.where(found, w.gather(1, first), (height * nearest).round().minimum(width))
+        # u < 1, but in float32 its product with a whole number may round up to the end.
+        top = (u[:, 20:21] * (height - h + 1)).floor().minimum(height - h)
+        left = (u[:, 21:] * (width - w + 1)).floor().minimum(width - w)
+        top = torch.where(found, top, (height - h) // 2)
+        return torch.cat([top, torch.where(found, left, (width - w) // 2), h, w], 1).long()
+
+    def __call__(self, x: Tensor, u: Tensor, flip: Tensor) -> Tensor:
+        """x [B, C, H, W] uint8 or float → [B, C, size, size]: two matrix products an image."""
+
+        def filters(start: Tensor, length: Tensor, n: int) -> Tensor:  # [B, 1] each → [B, size, n]
+            scale, pixel = length[..., None] / self.size, torch.arange(n, device=x.device)
+            out = torch.arange(self.size, device=x.device)[:, None] + 0.5
+            distance = (pixel + 0.5 - start[..., None] - scale * out).div_(scale.clamp(min=1))
+            inside = (pixel >= start) & (pixel < start + length)
+            w = distance.abs_().neg_().add_(1).clamp_(min=0).mul_(inside[:, None])
+            return w.div_(w.sum(2, keepdim=True))
+
+        boxes = self.boxes(u, *x.shape[2:]).to(x.device, torch.float32)
+        top, left, height, width = boxes.split(1, dim=1)
+        rows, columns = filters(top, height, x.shape[2]), filters(left, width, x.shape[3])
+        columns = torch.where(flip.to(x.device)[:, None, None], columns.flip(1), columns)
+        x = x.float().div_(255) if x.dtype == torch.uint8 else x
+        return rows[:, None] @ x @ columns[:, None].transpose(2, 3)
+
+
+class ColorJitter(NamedTuple):
+    """Brightness, contrast, saturation and hue, in an order of its own for each image."""
+
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
+
+    def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        middle, strength = torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor(self)
+        low = torch.maximum(middle - strength, torch.tensor([0.0, 0.0, 0.0, -0.5]))
+        factors = low + (middle + strength - low) * torch.rand(n, 4, generator=rng)
+        return factors, torch.rand(n, 4, generator=rng).argsort(1)
+
+    def __call__(self, x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+        """factors [B, 4]: three around 1 and the hue's shift; order [B, 4]: their permutation."""
+        factors = factors.to(x.device)
+        for turn in order.unbind(1):
+            # The first three mix the image with something grey: black, its mean, its luma.
+            kind, grey = turn.to(x.device)[:, None, None, None], TF.rgb_to_grayscale(x, 1)
+            grey = torch.where(kind == 1, grey.mean((2, 3), keepdim=True), grey * (kind != 0))
+            factor = factors.gather(1, kind[:, 0, 0])[..., None, None].masked_fill(kind == 3, 1)
+            mixed = torch.lerp(grey, x, factor).clamp_(0, 1)
+            i = (turn == 3).nonzero()[:, 0].to(x.device)
+            if self.hue and x.shape[1] == 3 and len(i):
+                mixed[i] = self.shift_hue(x[i], factors[i, 3, None, None])
+            x = mixed
+        return x
+
+    @staticmethod
+    def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
+        """Turn the hue of x [B, 3, H, W] by shift [B, 1, 1], in -.5..0.5 of the circle."""
+        r, g, b = x.unbind(1)
+        value = x.amax(1)
+        chroma = value - x.amin(1)
+        safe = torch.where(chroma == 0, 1, chroma)
+        sixth = torch.where(value == g, (b - r).div_(safe).add_(2), (r - g).div_(safe).add_(4))
+        sixth = torch.where(value == r, (g - b).div_(safe), sixth).add_(6 * shift)
+        k = torch.stack([sixth + n for n in (5, 3, 1)], 1).remainder_(6)
+        return value[:, None] - torch.minimum(k, 4 - k).clamp_(0, 1).mul_(chroma[:, None])
+
+
+class GaussianBlur(NamedTuple):
+    """Blur with a sigma, in pixels, uniform between two; the borders reflect."""
+
+    kernel_size: int
+    sigma: tuple[float, float]
+
+    def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor]:
+        return (self.sigma[0] + (self.sigma[1] - self.sigma[0]) * torch.rand(n, generator=rng),)
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """x [B, C, S, S], sigma [B]: two products with banded matrices [S, S]."""
+        n, offset = x.shape[3], torch.arange(self.kernel_size, device=x.device)
+        offset -= self.kernel_size // 2
+        taps = torch.exp(-0.5 * (offset / sigma.to(x.device)[:, None]) ** 2)
+        taps = (taps / taps.sum(1, keepdim=True))[:, None].expand(-1, n, -1)
+        source = (torch.arange(n, device=x.device)[:, None] + offset).abs()
+        source = source.minimum(2 * (n - 1) - source).expand_as(taps)
+        band = torch.zeros(len(x), 1, n, n, device=x.device)
+        band[:, 0].scatter_add_(2, source, taps)
+        return band @ x @ band.transpose(2, 3)
+
+
+class RandomApply(NamedTuple):
+    """An operation, or a plain function of x, on each image with probability p."""
+
+    operation: Callable[..., Tensor]
+    p: float
+
+    def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, ...]:
+        drawn = self.operation.draw(n, rng) if hasattr(self.operation, "draw") else ()
+        return torch.rand(n, generator=rng) < self.p, *drawn
+
+    def __call__(self, x: Tensor, chosen: Tensor, *drawn: Tensor) -> Tensor:
+        i = chosen.nonzero()[:, 0]  # on the CPU, so that no device is waited for
+        if len(i) == 0:
+            return x
+        there = i.to(x.device)
+        return x.index_copy(0, there, self.operation(x[there], *(v[i] for v in drawn)))
+
+
+# --------------------------------------------------------------------------------------------- data
+@dataclass
+class ImageSet:
+    """Images [N, C, H, W] uint8 of one size, on the device, C 1 (grey) or 3; labels [N] or None."""
+
+    images: Tensor
+    labels: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def crops(self, index: Tensor, crop: RandomResizedCrop, *drawn: Tensor) -> Tensor:
+        """Crops [n, C, size, size] float32 of the images index [n], as crop.draw gave them."""
+        return crop(self.images[index.to(self.images.device)], *drawn)
+
+    def centres(self, index: Tensor, size: int) -> Tensor:
+        """The largest middle squares of the images index [n] → [n, 3, size, size] float32."""
+        x = self.images[index.to(self.images.device)].float().div_(255)
+        return TF.resize(TF.center_crop(x, min(x.shape[2:])), size).expand(-1, 3, -1, -1)
+
+
+def load_images(data: str, split: str, root: str = "data", limit: int | None = None,
+                device: torch.device | str = "cpu", workers: int = 2) -> ImageSet:  # fmt: skip
+    """A set by name, or a folder with train/ and val/ or test/ that hold a folder a class.
+
+    split: "pretrain" (stl10's unlabelled images, else "train"), "train" or "test". limit: the first
+    so many of a fixed shuffle, of all but the test images. workers: threads that decode files.
+    Where something cannot be had: fail().
+    """
+    with PartialState().local_main_process_first():  # one process downloads
+        images, labels = (_named if data in SETS else _folder)(data, split, root)
+    index = torch.arange(len(images))
+    if limit and split != "test":
+        index = torch.randperm(len(images), generator=generator(0))[:limit]
+    labels = None if labels is None else torch.as_tensor(labels).long()[index]
+    if isinstance(images, list):
+        return ImageSet(_decode([images[i] for i in index], workers).to(device), labels)
+    return ImageSet(torch.as_tensor(images)[index].to(device), labels)
+
+
+def _named(name: str, split: str, root: str) -> tuple:
+    sets, part = torchvision.datasets, "test" if split == "test" else "train"
+    if name == "fashion-mini":
+        path = Path(__file__).resolve().with_name("data") / "fashion-mini.npz"
+        if not path.is_file():
+            fail(f"{path} was not copied along: take --data {', '.join(SETS[1:])} or a folder")
+        with np.load(path) as file:
+            return file[f"{part}_images"][:, None], file[f"{part}_labels"]
+    try:
+        if name == "stl10":
+            images = sets.STL10(root, "unlabeled" if split == "pretrain" else split, download=True)
+            return images.data, None if split == "pretrain" else images.labels
+        kind = {"mnist": "MNIST", "fashionmnist": "FashionMNIST"}.get(name, name.upper())
+        images = getattr(sets, kind)(root, part == "train", download=True)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        fail(f"{name} is not in {root} and cannot be downloaded ({reason}): put its files there")
+    grey = isinstance(images.data, Tensor)
+    return images.data[:, None] if grey else images.data.transpose(0, 3, 1, 2), images.targets
+
+
+def _folder(data: str, split: str, root: str) -> tuple:
+    if not Path(data).is_dir():
+        fail(f"--data {data} is no folder, nor one of {', '.join(SETS)}")
+    parts = [p for p in (Path(data, name) for name in ("train", "val", "test")) if p.is_dir()]
+    if len(parts) < 2 or parts[0].name != "train":
+        fail(f"{data} needs a folder train and a folder val or test, with a folder a class in each")
+    try:
+        train, test = (torchvision.datasets.ImageFolder(part) for part in parts[:2])
+    except OSError as error:  # no class folder, or one without an image: it says which
+        fail(str(error).splitlines()[0])
+    if odd := sorted({*train.classes} ^ {*test.classes}):
+        fail(f"{data}: these class folders are not in both splits: {', '.join(odd[:10])}")
+    images = test if split == "test" else train
+    return [path for path, _ in images.samples], images.targets
+
+
+def _decode(paths: list[str], workers: int) -> Tensor:
+    """Image files of one size → [N, 3, H, W] uint8."""
+
+    def read(path: str) -> Tensor:
+        try:
+            with Image.open(path) as image:
+                pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        except Exception as error:  # Pillow raises nearly everything on a damaged file
+            fail(f"{path} cannot be read ({error}): repair or remove it")
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+
+    first = read(paths[0])
+    size = f"{first.shape[2]}×{first.shape[1]} pixels"
+    if len(paths) * first.numel() > MEMORY_LIMIT:
+        fail(f"{len(paths)} images of {size} are over {MEMORY_LIMIT >> 30} GiB: take --limit")
+    pixels = torch.empty(len(paths), *first.shape, dtype=torch.uint8)
+    with ThreadPoolExecutor(workers) as pool:
+        bar = tqdm(paths, desc="decoding", disable=not sys.stderr.isatty())
+        for path, image, target in zip(bar, pool.map(read, paths), pixels, strict=True):
+            if image.shape != first.shape:
+                fail(f"{path} has not {size} like {paths[0]}: bring the images to one size")
+            target.copy_(image)
+    return pixels
+
+
+def batches(data: ImageSet, recipes: Sequence[tuple[int, Sequence]], batch_size: int, seed: int,
+            start: int, stop: int) -> Iterator[tuple[int, Tensor, list[Tensor]]]:  # fmt: skip
+    """The steps `start` to `stop` - 1 of a training run: this process's rows of shuffled batches.
+
+    recipes: pairs (number of views, operations, the crop first); batch_size: over all processes; an
+    epoch's last, smaller batch is left out. Yields the step, the images' index [B] and one [V, B, 3,
+    size, size] a recipe. All that is random is drawn for the whole batch from (seed, epoch, step):
+    neither the number of processes nor an interruption changes it.
+    """
+    state, order = PartialState(), None
+    rows = torch.arange(batch_size).chunk(state.num_processes)[state.process_index]
+    for step in range(start, stop):
+        epoch, i = divmod(step, len(data) // batch_size)
+        if order is None or i == 0:
+            order = torch.randperm(len(data), generator=generator(seed, epoch))
+        rng, index, views = generator(seed, epoch, i), order[i * batch_size + rows], []
+        for count, (crop, *operations) in recipes:
+
+            def draw(operation: Callable, count: int = count, rng=rng) -> list[Tensor]:
+                drawn = operation.draw(count * batch_size, rng)
+                return [v.unflatten(0, (count, -1))[:, rows].flatten(0, 1) for v in drawn]
+
+            x = data.crops(index.repeat(count), crop, *draw(crop))
+            for operation in operations:
+                x = operation(x, *draw(operation))
+            views.append(x.expand(-1, 3, -1, -1).unflatten(0, (count, -1)))
+        yield step, index, views
+
+
+# ----------------------------------------------------------------------------------------- encoders
+def build_encoder(architecture: str, stem: str = "7x7") -> nn.Module:
+    """An encoder [B, 3, H, W] → h [B, encoder.width], a ResNet with torchvision's names.
+
+    stem (of a ResNet): "7x7" as for ImageNet, or "3x3" without max-pooling for small images
+    (SimCLR, B.9). "small" is five convolutions for images of about 28 pixels and a CPU.
+    """
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"{architecture} is none of {', '.join(ARCHITECTURES)}")
+    if architecture == "small":
+        layers, widths = [], (3, 32, 32, 64, 128, 256)
+        for i, (before, width) in enumerate(itertools.pairwise(widths)):
+            layers.append(nn.Conv2d(before, width, 3, 2 - i % 2, 1, bias=False))
+            layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        encoder = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        encoder.width = width
+        return encoder
+    encoder = getattr(torchvision.models, architecture)()
+    if stem == "3x3":
+        encoder.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
+        encoder.maxpool = nn.Identity()
+    encoder.width, encoder.fc = encoder.fc.in_features, nn.Identity()
+    return encoder
+
+
+def save_encoder(path: str | Path, encoder: nn.Module, **metadata: object) -> None:
+    """Weights as safetensors under torchvision's names, the metadata as its strings."""
+    weights = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
+    with written_aside(path) as aside:
+        save_file(weights, aside, {k: str(v) for k, v in metadata.items()})
+
+
+def load_encoder(path: str | Path) -> tuple[nn.Module, dict[str, str]]:
+    """The encoder of a file that save_encoder wrote, and its metadata; another file: fail()."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        encoder = build_encoder(metadata["architecture"], metadata["stem"])
+        encoder.load_state_dict(weights)
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        fail(f"{path} is no encoder.safetensors of these scripts ({str(error).splitlines()[0]})")
+    return encoder, metadata
+
+
+@torch.no_grad()
+def extract_features(encoder: nn.Module, data: ImageSet, size: int, batch: int = 512) -> Tensor:
+    """h [N, D] float32 of the images' centres, by the encoder in eval mode, on all processes."""
+    state, training, device = PartialState(), encoder.training, data.images.device
+    share = -(-len(data) // state.num_processes)
+    # The last process repeats the last image; what it repeated is cut off after gathering.
+    index = (state.process_index * share + torch.arange(share)).clamp(max=len(data) - 1)
+    x = (data.centres(i, size) for i in index.split(batch))
+    encoder.eval()
+    h = [encoder(v.to(device, memory_format=torch.channels_last)).float() for v in x]
+    encoder.train(training)
+    return gather(torch.cat(h))[: len(data)]
+
+
+# --------------------------------------------------------------------------------------- evaluation
+@torch.no_grad()
+def knn_predict(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int, temperature: float,
+                num_classes: int | None = None) -> Tensor:  # fmt: skip
+    """Weighted k nearest neighbours by cosine (Wu et al. 2018, §3.4).
+
+    bank [M, D] and queries [Q, D] (normalised here), bank_labels [M] → scores [Q, num_classes]: by
+    class the sum of exp(cosine / temperature) over the k nearest, rows scaled to sum to 1. Works in
+    chunks of both. ValueError for a k outside 1..M.
+    """
+    if not 1 <= k <= len(bank):
+        raise ValueError(f"k = {k} does not fit a bank of {len(bank)}")
+    num_classes = num_classes or int(bank_labels.max()) + 1
+    bank_labels = bank_labels.to(queries.device)
+    scores = []
+    for q in F.normalize(queries, dim=1).split(1024):
+        cosine, label = q.new_empty(len(q), 0), bank_labels.new_empty(len(q), 0)
+        for part, y in zip(bank.split(2**16), bank_labels.split(2**16), strict=True):
+            new, i = (q @ F.normalize(part, dim=1).T).topk(min(k, len(part)), dim=1)
+            cosine, label = torch.cat([cosine, new], 1), torch.cat([label, y[i]], 1)
+            cosine, i = cosine.topk(min(k, cosine.shape[1]), dim=1)
+            label = label.gather(1, i)
+        weight = (cosine / temperature).softmax(1)
+        scores.append(q.new_zeros(len(q), num_classes).scatter_add_(1, label, weight))
+    return torch.cat(scores)
+
+
+def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, classes: int, seed: int = 0,
+                 rates: Sequence[float] = (0.3, 1.0, 3.0, 10.0, 30.0),
+                 decays: Sequence[float] = (0.0, 1e-5, 1e-4),
+                 epochs: int = 20) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
+    """Logistic regression on fixed features, its rate and decay chosen on a part of x.
+
+    x [N, D], y [N], x_test [M, D] → logits [M, classes] and the choice. Every pair of rates and
+    decays is trained on nine tenths of x, all side by side; the pair that does best on the held-out
+    tenth (of each class) is trained again on all of x. Features are standardised and divided by
+    sqrt(D), so that one grid suits every method.
+    """
+    rng, y = generator(seed), y.to(x.device)
+    mean, scale = x.mean(0), (x.std(0) + 1e-6) * x.shape[1] ** 0.5
+    x, x_test = (F.pad((v - mean) / scale, (0, 1), value=1) for v in (x, x_test))  # 1: the bias
+
+    def losses(i: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:  # [n], [D + 1, G, C] → [n, G] each
+        logits = (x[i] @ W.flatten(1)).unflatten(1, W.shape[1:]).transpose(1, 2)
+        target = y[i, None].expand(-1, W.shape[1])
+        return F.cross_entropy(logits, target, reduction="none"), logits.argmax(1) == target
+
+    def train(index: Tensor, grid: Sequence[tuple[float, float]]) -> Tensor:
+        n, batch = len(index), min(256, len(index))
+        rate, decay = torch.tensor(grid, device=x.device).T
+        W = torch.zeros(x.shape[1], len(grid), classes, device=x.device, requires_grad=True)
+        optimizer = torch.optim.SGD([W], momentum=0.9, nesterov=True)
+        passes = range(max(epochs, 400 * batch // n))
+        order = [torch.randperm(n, generator=rng)[: n // batch * batch] for _ in passes]
+        order = index[torch.cat(order)].split(batch)
+        for step, i in enumerate(order):
+            # A cell's rate multiplies its loss and so its gradient: one optimiser trains them all.
+            loss = losses(i, W)[0].mean(0) + 0.5 * decay * W.square().sum((0, 2))
+            optimizer.param_groups[0]["lr"] = 0.5 + 0.5 * math.cos(math.pi * step / len(order))
+            optimizer.zero_grad()
+            (rate * loss).sum().backward()
+            optimizer.step()
+        return W.detach()
+
+    order = torch.randperm(len(x), generator=rng)
+    order = order[y.cpu()[order].argsort(stable=True)]  # by class: every tenth is a fair tenth
+    grid = [(rate, decay) for rate in rates for decay in decays]
+    loss, hit = losses(order[::10], train(order[torch.arange(len(x)) % 10 > 0], grid))
+    loss, hit = loss.mean(0), hit.float().mean(0)
+    best = int((hit - 1e-6 * loss).argmax())  # the loss breaks ties
+    W = train(order, [grid[best]])[:, 0]
+    lr, weight_decay = grid[best]
+    return x_test @ W, {"lr": lr, "weight_decay": weight_decay, "held_out": 100 * hit[best].item()}
+
+
+def accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
+    """Share, in percent, of the scores [N, C] whose k largest hold the label."""
+    top = scores.topk(min(k, scores.shape[1]), dim=1).indices
+    return 100 * (top == labels.to(top.device)[:, None]).any(1).float().mean().item()
+
+
+def some_of_each(labels: Tensor, n: int, rng: torch.Generator) -> Tensor:
+    """Indices of n random images of each class. ValueError where a class has fewer."""
+    counts = labels.bincount()
+    if counts.min() < n:
+        raise ValueError(f"{n} labels a class: a class has only {int(counts.min())} images")
+    order = torch.randperm(len(labels), generator=rng)
+    order = order[labels[order].argsort(stable=True)]
+    return torch.cat([part[:n] for part in order.split(counts.tolist())])
+
+
+def knn_accuracy(encoder: nn.Module, bank: ImageSet, test: ImageSet, size: int, k: int,
+                 temperature: float) -> float:  # fmt: skip
+    """Percent of the test images whose class the k nearest images of the bank tell."""
+    h, h_test = (extract_features(encoder, images, size) for images in (bank, test))
+    return accuracy(knn_predict(h, bank.labels, h_test, k, temperature), test.labels)
+
+
+def compare(encoders: dict[str, nn.Module], bank: ImageSet, test: ImageSet, size: int, k: int,
+            temperature: float, seed: int) -> list[dict]:  # fmt: skip
+    """Test accuracies in percent, a row for each encoder and one for raw pixels.
+
+    kNN and linear probe with all labels and, where there are as many, with 10 a class (mean of 5
+    draws; k at most the bank).
+    """
+    labels, classes = bank.labels, int(bank.labels.max()) + 1
+    banks = {"": [torch.arange(len(bank))]}
+    if labels.bincount().min() >= 10:
+        banks[" (10 a class)"] = [some_of_each(labels, 10, generator(seed, i)) for i in range(5)]
+    features = {name: [extract_features(encoder, images, size) for images in (bank, test)]
+                for name, encoder in encoders.items()}  # fmt: skip
+    features["raw pixels"] = [v.images.flatten(1).float() / 255 for v in (bank, test)]
+    rows = [{"features": name} for name in features]
+    for row, (x, x_test) in zip(rows, features.values(), strict=True):
+        for which, draws in banks.items():
+            hits = torch.zeros(2)
+            for i in draws:
+                scores = knn_predict(x[i], labels[i], x_test, min(k, len(i)), temperature, classes)
+                logits, _ = linear_probe(x[i], labels[i], x_test, classes, seed)
+                hits += torch.tensor([accuracy(v, test.labels) for v in (scores, logits)])
+            row[f"kNN{which}"], row[f"linear{which}"] = (hits / len(draws)).tolist()
+    return rows
+
+
+def table(rows: Sequence[dict]) -> str:
+    """Rows with the same keys as aligned text, numbers with one decimal."""
+    lines = [[f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    lines.insert(0, list(rows[0]))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def save_pictures(path: Path, images: Tensor, columns: int, frames: Tensor | None = None) -> None:
+    """A grid of images [N, 3, S, S] in 0..1, with frames of the colours [N, 3] around them."""
+    images = F.interpolate(images.cpu(), scale_factor=max(1, 84 // images.shape[3]))
+    if frames is not None:
+        framed = frames[:, :, None, None].repeat(1, 1, *(n + 8 for n in images.shape[2:]))
+        framed[:, :, 4:-4, 4:-4] = images
+        images = framed
+    with written_aside(path) as aside:
+        save_image(images, aside, nrow=columns, pad_value=1)
