@@ -29,7 +29,6 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -47,7 +46,7 @@ from common import ImageSet, fail
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags, checked as far as they can be without the data."""
     p = argparse.ArgumentParser("linear_eval.py", description=__doc__.splitlines()[0],
-                                allow_abbrev=False)  # fmt: skip
+                                allow_abbrev=False)
     p.error = fail
     flag = p.add_argument
     flag("encoder", help="an encoder.safetensors of these scripts, or random")
@@ -95,13 +94,16 @@ def draw_neighbours(path: Path, features: Sequence[Tensor], sets: Sequence[Image
     near = F.normalize(h_test[queries], dim=1) @ F.normalize(h, dim=1).T
     near = near.topk(min(8, len(bank)), dim=1).indices.cpu()
     side = min(bank.images.shape[2:])
+    white, green, red = torch.tensor([[1, 1, 1], [0.1, 0.7, 0.2], [0.9, 0.1, 0.1]])
     rows, colours = [], []
     for query, found in zip(queries, near, strict=True):
         rows += [test.centres(query[None], side), bank.centres(found, side)]
-        same = (bank.labels[found] == test.labels[query])[:, None]
-        green, red = torch.tensor([0.1, 0.7, 0.2]), torch.tensor([0.9, 0.1, 0.1])
-        colours += [torch.ones(1, 3), torch.where(same, green, red)]
-    common.save_pictures(path, torch.cat(rows), 1 + near.shape[1], torch.cat(colours))
+        same = bank.labels[found] == test.labels[query]
+        colours += [white[None], torch.where(same[:, None], green, red)]
+    frame = -(-side // 20)
+    framed = torch.cat(colours)[:, :, None, None].repeat(1, 1, side + 2 * frame, side + 2 * frame)
+    framed[:, :, frame:-frame, frame:-frame] = torch.cat(rows).cpu()
+    common.save_pictures(path, framed, 1 + near.shape[1])
 
 
 # ---------------------------------------------------------------------------------- main
@@ -112,15 +114,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     device, processes, say = accelerator.device, accelerator.num_processes, accelerator.print
     one_of_many = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ
     if int(os.environ.get("WORLD_SIZE", 1 + one_of_many)) > processes:
-        fail("several processes were asked for, but Accelerate started one; on a CPU, launch with "
-             "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N")  # fmt: skip
+        fail("Accelerate runs one process, not several; CPU: ACCELERATE_USE_CPU=true torchrun ...")
 
     untrained, about = args.encoder == "random", {}
     if not untrained:
         encoder, about = common.load_encoder(args.encoder)
     data = args.data or about.get("data", "fashion-mini")
-    load = partial(common.load_images, data, root=args.root, device=device, workers=args.workers)
-    sets = bank, test = load("train", limit=args.limit), load("test")
+    splits = common.load_splits(data, args.root, args.limit, device, args.workers)
+    sets = bank, test = splits[1:]
     labels, classes = bank.labels, int(bank.labels.max()) + 1
     size = args.image_size or int(about.get("image_size", min(bank.images.shape[2:])))
     stem = args.stem or ("3x3" if size <= 64 else "7x7")
@@ -163,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     mean, std = top.mean(0).tolist(), top.std(0, correction=min(1, len(top) - 1)).tolist()
     how = f"k = {args.knn_k}, T = {args.knn_temperature}" if args.protocol == "knn" else "linear"
     say(f"{data}, {how}, {args.labels or 'all'} labels a class, {args.seeds} seeds: "
-        f"top-1 {mean[0]:.2f} ± {std[0]:.2f} %, top-5 {mean[1]:.2f} ± {std[1]:.2f} %")  # fmt: skip
+        f"top-1 {mean[0]:.2f} ± {std[0]:.2f} %, top-5 {mean[1]:.2f} ± {std[1]:.2f} %")
     if not accelerator.is_main_process:
         return
     settings = {k: v if isinstance(v, int | float) else str(v) for k, v in vars(args).items() if v}

@@ -1,0 +1,211 @@
+"""Sets, folders and batches."""
+
+import gzip
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import SHARED, write_folder
+from PIL import Image
+
+import common
+from common import ColorJitter, RandomApply, RandomResizedCrop, batches, load_splits
+
+CPU = torch.device("cpu")
+
+
+def fails(capsys, data, *words, root="nowhere", limit=None):
+    with pytest.raises(SystemExit) as exit_:
+        load_splits(str(data), str(root), limit, CPU, 2)
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and error.count("\n") == 1
+    for word in words:
+        assert str(word) in error
+
+
+def test_bundled_images_are_the_first_thousand_of_each_class(shared, tmp_path):
+    raw = {}
+    for name in ("train", "t10k"):
+        for kind, skip in (("images-idx3", 16), ("labels-idx1", 8)):
+            file = SHARED / "fashion-mnist" / f"{name}-{kind}-ubyte.gz"
+            raw[name, kind] = np.frombuffer(gzip.decompress(file.read_bytes()), np.uint8)[skip:]
+    labels, images = raw["train", "labels-idx1"], raw["train", "images-idx3"].reshape(-1, 1, 28, 28)
+    first = np.sort(np.concatenate([np.flatnonzero(labels == c)[:1000] for c in range(10)]))
+    data, bank, test = load_splits("fashion-mini", "nowhere", None, CPU, 1)
+    assert data is bank
+    np.testing.assert_array_equal(bank.images, images[first])
+    np.testing.assert_array_equal(bank.labels, labels[first])
+    np.testing.assert_array_equal(test.images.flatten(), raw["t10k", "images-idx3"])
+    np.testing.assert_array_equal(test.labels, raw["t10k", "labels-idx1"])
+    assert (common.Path(common.__file__).parent / "data/fashion-mini.npz").stat().st_size < 9e6
+
+
+def test_without_the_bundled_file_the_alternatives_are_named(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+    fails(capsys, "fashion-mini", "fashion-mini.npz", "cifar10", "folder")
+
+
+def write_idx(folder, name, count):
+    """MNIST's files as its makers packed them, image i filled with i and labelled i % 10."""
+    raw = folder / name / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        images = np.repeat(np.arange(count, dtype=np.uint8), 784)
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(
+            np.array([0x803, count, 28, 28], ">i4").tobytes() + images.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(
+            np.array([0x801, count], ">i4").tobytes() + labels.tobytes())
+
+
+@pytest.mark.parametrize(("data", "name"), [("mnist", "MNIST"), ("fashionmnist", "FashionMNIST")])
+def test_mnist_and_fashionmnist_are_read_from_root(tmp_path, data, name):
+    write_idx(tmp_path, name, 20)
+    _, bank, test = load_splits(data, str(tmp_path), None, CPU, 1)
+    assert bank.images.shape == test.images.shape == (20, 1, 28, 28)
+    assert bank.images[7].unique().tolist() == [7] and bank.labels[17] == 7
+
+
+@pytest.mark.parametrize("data", ["cifar10", "cifar100"])
+def test_cifar_is_read_from_root(tmp_path, monkeypatch, data):
+    kind = getattr(torchvision.datasets, data.upper())
+    folder = tmp_path / kind.base_folder
+    folder.mkdir()
+    for i, (name, _) in enumerate(kind.train_list + kind.test_list):
+        pixels = np.full((4, 3, 32, 32), i, np.uint8)
+        pixels[:, 1] = 100
+        key = "labels" if data == "cifar10" else "fine_labels"
+        entry = {"data": pixels.reshape(4, -1), key: [0, 1, 2, 3]}
+        (folder / name).write_bytes(pickle.dumps(entry))
+    (folder / kind.meta["filename"]).write_bytes(pickle.dumps({kind.meta["key"]: list("abcd")}))
+    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": None})  # torchvision's own check
+    monkeypatch.setattr(kind, "_check_integrity", lambda self: True)
+    _, bank, test = load_splits(data, str(tmp_path), None, CPU, 1)
+    assert bank.images.shape == (4 * len(kind.train_list), 3, 32, 32)
+    assert bank.images[0, 0].unique().tolist() == [0]
+    assert bank.images[:, 1].unique().tolist() == [100] and bank.labels[3] == 3
+    assert test.images[0, 2].unique().tolist() == [len(kind.train_list)]
+
+
+def test_stl10_pretrains_on_its_unlabelled_images(tmp_path, monkeypatch):
+    kind = torchvision.datasets.STL10
+    folder = tmp_path / kind.base_folder
+    folder.mkdir()
+    for name, count in (("train", 3), ("test", 2), ("unlabeled", 5)):
+        np.full((count, 3, 96, 96), count, np.uint8).tofile(folder / f"{name}_X.bin")
+        (np.arange(count) + 1).astype(np.uint8).tofile(folder / f"{name}_y.bin")
+    (folder / "class_names.txt").write_text("a\nb\nc\n")
+    monkeypatch.setattr(kind, "_check_integrity", lambda self: True)
+    data, bank, test = load_splits("stl10", str(tmp_path), None, CPU, 1)
+    assert [len(v) for v in (data, bank, test)] == [5, 3, 2]
+    assert data.labels.tolist() == [-1] * 5 and bank.labels.tolist() == [0, 1, 2]
+    assert data.images.unique().tolist() == [5]
+
+
+def test_a_download_without_network_is_one_line(capsys, tmp_path, monkeypatch):
+    for name in ("http_proxy", "https_proxy"):  # where nothing answers
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    fails(capsys, "cifar10", "cifar10", "downloaded", root=tmp_path)
+
+
+def test_folders_give_every_image_with_its_class(folder):
+    data, bank, test = load_splits(str(folder), "nowhere", None, CPU, 3)
+    assert data is bank and bank.images.shape == (48, 3, 12, 12) and len(test) == 18
+    assert bank.labels.bincount().tolist() == [16] * 3  # sorted: across, along, both
+    file = sorted((folder / "train" / "along").iterdir(), key=str)[0]
+    pixels = np.asarray(Image.open(file)).transpose(2, 0, 1)
+    np.testing.assert_array_equal(bank.images[16], pixels)
+
+
+def test_limit_is_the_start_of_one_shuffle_of_the_training_images(folder):
+    _, all_of_them, _ = load_splits(str(folder), "nowhere", None, CPU, 1)
+    _, ten, test = load_splits(str(folder), "nowhere", 10, CPU, 1)
+    _, five, _ = load_splits(str(folder), "nowhere", 5, CPU, 1)
+    assert len(ten) == 10 and len(test) == 18 and torch.equal(ten.images[:5], five.images)
+    assert len(ten.labels.unique()) > 1  # shuffled, not the first class
+    for image, label in zip(ten.images, ten.labels, strict=True):
+        same = (all_of_them.images == image).flatten(1).all(1)
+        assert all_of_them.labels[same].tolist() == [label]
+
+
+def test_orientation_and_modes_of_files(tmp_path):
+    folder = write_folder(tmp_path / "a", 1, 1)
+    exif = Image.Exif()
+    exif[0x112] = 3  # upside down
+    pixels = np.zeros((12, 12), np.uint8)
+    pixels[0] = 255
+    Image.fromarray(pixels).save(folder / "train" / "along" / "0.png", exif=exif)
+    _, bank, _ = load_splits(str(folder), "nowhere", None, CPU, 1)
+    assert bank.images[1, :, 11].min() == 255 and bank.images[1, :, :11].max() == 0
+
+
+def test_bad_folders_are_refused_in_one_line(tmp_path, capsys):
+    fails(capsys, tmp_path / "missing", "missing", "cifar10")
+    fails(capsys, "cifar11", "cifar11", "cifar10")
+    (tmp_path / "empty").mkdir()
+    fails(capsys, tmp_path / "empty", "empty", "train")
+    folder = write_folder(tmp_path / "classes", 2, 2)
+    (folder / "test" / "more").mkdir()
+    fails(capsys, folder, "more")  # without an image
+    Image.new("RGB", (12, 12)).save(folder / "test" / "more" / "0.png")
+    fails(capsys, folder, "more", "both splits")
+    folder = write_folder(tmp_path / "sizes", 2, 2)
+    Image.new("RGB", (12, 13)).save(folder / "train" / "both" / "0.png")
+    fails(capsys, folder, "both/0.png", "size")
+    whole = (folder / "train" / "both" / "1.png").read_bytes()
+    (folder / "train" / "both" / "0.png").write_bytes(whole[: len(whole) // 2])
+    fails(capsys, folder, "both/0.png", "cannot be read")
+    (folder / "train" / "both" / "0.png").write_bytes(b"no image")
+    fails(capsys, folder, "both/0.png", "cannot be read")
+
+
+def test_sets_beyond_memory_are_refused(folder, capsys, monkeypatch):
+    monkeypatch.setattr(common, "MEMORY_LIMIT", 48 * 3 * 144 - 1)
+    fails(capsys, folder, "limit")
+    assert len(load_splits(str(folder), "nowhere", 47, CPU, 1)[0]) == 47
+
+
+RECIPES = [(2, [RandomResizedCrop(8), RandomApply(ColorJitter(0.4, 0.4, 0.4, 0.1), 0.8)]),
+           (3, [RandomResizedCrop(6)])]
+
+
+def test_batches_cover_an_epoch_in_an_order_of_its_own(folder):
+    data, _, _ = load_splits(str(folder), "nowhere", None, CPU, 1)
+    steps = list(batches(data, RECIPES, 10, 0, 0, 8))
+    assert [step for step, _, _ in steps] == list(range(8))
+    order = torch.cat([index for _, index, _ in steps])
+    assert len(order[:40].unique()) == len(order[40:].unique()) == 40  # the last 8 are left out
+    assert not torch.equal(order[:40], order[40:])
+    large, small = steps[0][2]
+    assert large.shape == (2, 10, 3, 8, 8) and small.shape == (3, 10, 3, 6, 6)
+    assert not torch.equal(large[0], large[1])
+
+
+def test_views_show_the_images_of_their_index(folder):
+    data, _, _ = load_splits(str(folder), "nowhere", None, CPU, 1)
+    whole = RandomResizedCrop(12, (1.0, 1.0), (1.0, 1.0), flip=0.0)
+    for _, index, (views,) in batches(data, [(2, [whole])], 8, 0, 0, 6):
+        torch.testing.assert_close(views[0], data.images[index] / 255)
+        torch.testing.assert_close(views[1], views[0])
+
+
+def test_batches_are_a_function_of_seed_epoch_and_step(folder):
+    data, _, _ = load_splits(str(folder), "nowhere", None, CPU, 1)
+    straight = list(batches(data, RECIPES, 8, 3, 0, 12))
+    torch.rand(5)  # nobody else's randomness counts
+    resumed = list(batches(data, RECIPES, 8, 3, 7, 12))
+    for (step, index, views), (step_, index_, views_) in zip(straight[7:], resumed, strict=True):
+        assert step == step_ and torch.equal(index, index_)
+        assert all(torch.equal(a, b) for a, b in zip(views, views_, strict=True))
+    other = next(batches(data, RECIPES, 8, 4, 7, 12))
+    assert not torch.equal(other[1], resumed[0][1])
+    assert not torch.equal(straight[0][2][0], straight[6][2][0])
+
+
+def test_grey_sets_become_three_channels():
+    data = common.ImageSet(torch.arange(4 * 64, dtype=torch.uint8).view(4, 1, 8, 8), torch.zeros(4))
+    _, _, (views,) = next(batches(data, [(1, [RandomResizedCrop(8)])], 4, 0, 0, 1))
+    assert views.shape == (1, 4, 3, 8, 8) and torch.equal(views[:, :, 0], views[:, :, 2])
+    assert data.centres(torch.tensor([2]), 4).shape == (1, 3, 4, 4)

@@ -1,0 +1,231 @@
+"""Encoders, features, kNN and probe."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import common
+from common import ImageSet, generator, knn_predict, linear_probe
+
+
+def test_knn_vector():
+    angle = torch.tensor([0.0, 10, 60, 80, 90], dtype=torch.float64).deg2rad()
+    bank = torch.stack([angle.cos(), angle.sin()], 1)
+    angle = torch.tensor([40.0], dtype=torch.float64).deg2rad()
+    query = torch.stack([angle.cos(), angle.sin()], 1)
+    P = knn_predict(bank, torch.tensor([0, 0, 1, 1, 1]), query, 3, 0.07)
+    expected = torch.tensor([[0.302060243890, 0.697939756110]], dtype=torch.float64)
+    torch.testing.assert_close(P, expected, atol=1e-11, rtol=0)
+
+
+def slow_knn(bank, labels, queries, k, temperature, classes):
+    P = torch.zeros(len(queries), classes, dtype=torch.float64)
+    for row, q in enumerate(queries):
+        cosines = [float(q @ b / (q.norm() * b.norm())) for b in bank]
+        for i in sorted(range(len(bank)), key=lambda i: -cosines[i])[:k]:
+            P[row, labels[i]] += math.exp(cosines[i] / temperature)
+    return P / P.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("k", [1, 7, 60])
+def test_knn_is_the_sum_over_the_nearest(k):
+    rng = generator(1)
+    bank, queries = (torch.randn(n, 5, generator=rng, dtype=torch.float64) for n in (60, 9))
+    labels = torch.randint(4, (60,), generator=rng)
+    P = knn_predict(bank, labels, queries * 100, k, 0.1, 6)
+    torch.testing.assert_close(P, slow_knn(bank, labels, queries, k, 0.1, 6))
+    torch.testing.assert_close(P.sum(1), torch.ones(9, dtype=torch.float64))
+
+
+def test_knn_in_chunks_is_knn_at_once():
+    rng = generator(2)
+    bank, queries = torch.randn(70000, 4, generator=rng), torch.randn(1030, 4, generator=rng)
+    labels = torch.randint(3, (70000,), generator=rng)
+    cosine = F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T
+    top, i = cosine.topk(10, dim=1)
+    expected = torch.zeros(1030, 3).scatter_add_(1, labels[i], (top / 0.07).softmax(1))
+    torch.testing.assert_close(knn_predict(bank, labels, queries, 10, 0.07), expected)
+
+
+@pytest.mark.parametrize("k", [0, 6])
+def test_knn_refuses_a_k_that_does_not_fit(k):
+    with pytest.raises(ValueError, match="bank"):
+        knn_predict(torch.eye(5), torch.arange(5), torch.eye(5), k, 0.1)
+
+
+def blobs(n, classes=3, dim=6, spread=1.0, seed=0):
+    centres = torch.randn(classes, dim, generator=generator(99)) * 2
+    y = torch.arange(n) % classes
+    return centres[y] + spread * torch.randn(n, dim, generator=generator(seed)), y
+
+
+def test_probe_reaches_the_logistic_regression_that_lbfgs_finds():
+    (x, y), (x_test, y_test) = blobs(900, spread=3.0), blobs(900, spread=3.0, seed=1)
+    logits, choice = linear_probe(x, y, x_test, 3)
+    W, b = torch.zeros(6, 3, requires_grad=True), torch.zeros(3, requires_grad=True)
+    optimizer = torch.optim.LBFGS([W, b], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(x @ W + b, y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    best = F.cross_entropy(x_test @ W + b, y_test).item()
+    assert F.cross_entropy(logits, y_test).item() < best + 0.01
+    assert abs(common.accuracy(logits, y_test) - common.accuracy(x_test @ W + b, y_test)) < 1
+    assert set(choice) == {"lr", "weight_decay", "held-out"}
+
+
+def test_probe_does_not_see_the_scale_of_features_nor_the_test_set():
+    (x, y), (x_test, _) = blobs(200), blobs(50, seed=1)
+    logits, choice = linear_probe(x, y, x_test, 3)
+    scaled, same = linear_probe(x * 1000 + 5, y, x_test * 1000 + 5, 3)
+    torch.testing.assert_close(scaled, logits, atol=1e-2, rtol=1e-2)
+    part, alone = linear_probe(x, y, x_test[:7], 3)
+    assert choice == same == alone
+    torch.testing.assert_close(part, logits[:7])
+
+
+def test_probe_decays_when_there_is_nothing_to_learn_but_noise():
+    rng = generator(3)
+    x, y = torch.randn(60, 200, generator=rng), torch.arange(60) % 2
+    logits, _ = linear_probe(x, y, torch.randn(500, 200, generator=rng), 2)
+    assert logits.isfinite().all()
+
+
+def test_held_out_tenth_has_every_class():
+    # Two classes that only a probe chosen on both gets right; sorted labels must not matter.
+    x, y = blobs(300)
+    order = y.argsort(stable=True)
+    logits, choice = linear_probe(x[order], y[order], x, 3)
+    assert choice["held-out"] > 90 and common.accuracy(logits, y) > 90
+
+
+def test_some_of_each_class():
+    labels = torch.tensor([0, 1, 1, 2, 2, 2, 0, 1])
+    index = common.some_of_each(labels, 2, generator(4))
+    assert labels[index].tolist() == [0, 0, 1, 1, 2, 2] and len(index.unique()) == 6
+    assert not torch.equal(index, common.some_of_each(labels, 2, generator(5)))
+    with pytest.raises(ValueError, match="only 2"):
+        common.some_of_each(labels, 3, generator(4))
+
+
+def test_top_k_accuracy():
+    scores = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7], [0.3, 0.4, 0.3]])
+    labels = torch.tensor([0, 1, 0])
+    assert [round(common.accuracy(scores, labels, k), 2) for k in (1, 3, 5)] == [33.33, 100, 100]
+
+
+@pytest.mark.parametrize(("architecture", "width"), [
+    ("small", 256), ("resnet18", 512), ("resnet34", 512), ("resnet50", 2048),
+])
+def test_encoders_give_features_of_their_width(architecture, width):
+    encoder = common.build_encoder(architecture, "3x3")
+    assert encoder.width == width and encoder(torch.rand(2, 3, 32, 32)).shape == (2, width)
+
+
+def test_resnet_is_torchvisions_without_fc():
+    encoder, theirs = common.build_encoder("resnet18"), torchvision.models.resnet18()
+    theirs.load_state_dict(encoder.state_dict(), strict=False)
+    theirs.fc = nn.Identity()
+    x = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(encoder.eval()(x), theirs.eval()(x))
+    small = common.build_encoder("resnet18", "3x3")
+    assert small.conv1.stride == (1, 1) and small.conv1.weight.shape == (64, 3, 3, 3)
+    assert small.layer1(small.maxpool(small.relu(small.conv1(x)))).shape[2:] == (64, 64)
+
+
+def test_saved_encoder_comes_back_the_same(tmp_path):
+    encoder = common.build_encoder("resnet18", "3x3").to(memory_format=torch.channels_last)
+    path = tmp_path / "encoder.safetensors"
+    common.save_encoder(path, encoder, architecture="resnet18", stem="3x3", image_size=8)
+    again, about = common.load_encoder(path)
+    assert about == {"architecture": "resnet18", "stem": "3x3", "image_size": "8"}
+    assert all(torch.equal(v, encoder.state_dict()[k]) for k, v in again.state_dict().items())
+    assert [p.name for p in tmp_path.iterdir()] == ["encoder.safetensors"]
+
+
+def test_readmes_two_liner_loads_into_torchvision(tmp_path):
+    encoder = common.build_encoder("resnet18", "7x7")
+    common.save_encoder(tmp_path / "e.safetensors", encoder, architecture="resnet18", stem="7x7")
+    resnet = torchvision.models.resnet18()
+    missing = resnet.load_state_dict(load_file(tmp_path / "e.safetensors"), strict=False)
+    assert missing.unexpected_keys == [] and missing.missing_keys == ["fc.weight", "fc.bias"]
+
+
+@pytest.mark.parametrize("content", ["missing", "text", "pickle", "other", "cut", "foreign"])
+def test_a_file_that_is_no_encoder_is_refused_in_one_line(tmp_path, capsys, content):
+    path = tmp_path / "e.safetensors"
+    encoder = common.build_encoder("small")
+    if content == "text":
+        path.write_text("no weights")
+    elif content == "pickle":
+        torch.save(encoder.state_dict(), path)
+    elif content == "other":
+        save_file({"a": torch.ones(1)}, path)
+    elif content == "foreign":
+        save_file({"a": torch.ones(1)}, path, {"architecture": "vit_b_16", "stem": "7x7"})
+    elif content == "cut":
+        common.save_encoder(path, encoder, architecture="small", stem="3x3")
+        path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(SystemExit) as exit_:
+        common.load_encoder(path)
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and error.count("\n") == 1 and str(path) in error
+
+
+def test_features_are_those_of_the_encoder_in_eval_mode():
+    torch.manual_seed(0)
+    encoder = common.build_encoder("small").train()
+    data = ImageSet(torch.randint(256, (7, 3, 12, 16), dtype=torch.uint8), torch.zeros(7))
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    h = common.extract_features(encoder, data, 12, batch=3)
+    assert encoder.training and not h.requires_grad
+    assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
+    middle = data.images[:, :, :, 2:14] / 255
+    torch.testing.assert_close(h, encoder.eval()(middle).detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_comparison_tells_good_features_from_bad_and_counts_labels():
+    torch.manual_seed(0)
+    y = torch.arange(120) % 3
+    pixels = torch.randint(256, (120, 1, 8, 8), dtype=torch.uint8)
+    pixels[:, 0, 0, 0] = (y * 100).to(torch.uint8)
+
+    class Good(nn.Module):
+        def forward(self, x):
+            return F.one_hot((x[:, 0, 0, 0] * 2.55).round().long(), 3).float() + 0.1
+
+    data = ImageSet(pixels, y)
+    rows = common.compare({"good": Good()}, data, data, 8, seed=0)
+    assert [row["features"] for row in rows] == ["good", "raw pixels"]
+    assert rows[0]["kNN"] == rows[0]["linear"] == rows[0]["linear (10 a class)"] == 100
+    assert rows[1]["kNN (10 a class)"] < 80
+    few = ImageSet(pixels[:20], y[:20])
+    assert set(common.compare({}, few, data, 8, seed=0)[0]) == {"features", "kNN", "linear"}
+    assert "raw pixels" in common.table(rows) and "100.0" in common.table(rows)
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("before")
+    with pytest.raises(RuntimeError), common.written_aside(path) as aside:
+        aside.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "before"
+
+
+def test_generator_keys_do_not_collide():
+    keys = [(1, 2), (1, 2, 0), (2, 1), (1,), (1, 0), (0, 1, 2)]
+    draws = {tuple(torch.rand(2, generator=generator(*key)).tolist()) for key in keys}
+    assert len(draws) == len(keys)
+    assert np.isclose(torch.rand(1, generator=generator(1, 2)).item(),
+                      torch.rand(1, generator=generator(1, 2)).item())

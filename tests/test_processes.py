@@ -1,0 +1,84 @@
+"""Two real processes, each with its own half of every batch."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY, command, finish, metrics
+
+import common
+
+
+@pytest.fixture(scope="module")
+def saved(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("processes")
+    os.environ["PYTHONPATH"] = str(ROOT)
+    try:
+        for processes in (1, 2):
+            process = command("tests/two_processes.py", folder, out / str(processes),
+                              processes=processes)
+            code, _, err = finish(process)
+            assert code == 0, err
+    finally:
+        del os.environ["PYTHONPATH"]
+    return [torch.load(out / n, weights_only=True) for n in ("1", "2")]
+
+
+def test_parameter_gradients_are_those_of_the_one_big_batch(saved):
+    one, two = saved
+    gradients = [name for name in one if name.startswith("grad")]
+    assert len(gradients) == 6
+    for name in ("loss", *gradients):
+        torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-5)
+        assert one[name].abs().max() > 1e-4
+
+
+def test_batches_and_views_are_the_halves_of_the_one_batch(saved):
+    one, two = saved
+    assert torch.equal(one["index"], two["index"]) and len(one["index"].unique()) == 24
+    assert torch.equal(one["views"], two["views"])
+
+
+def test_features_of_an_odd_number_of_images_count_each_once(saved):
+    one, two = saved
+    assert one["features"].shape == (17, 6)
+    torch.testing.assert_close(two["features"], one["features"])
+
+
+def test_simclr_on_two_processes_leaves_one_run_that_goes_on(folder, tmp_path):
+    out = tmp_path / "run"
+    argv = ["--data", folder, "--out", out, *TINY, "--seed", "1"]
+    code, _, err = finish(command("simclr.py", *argv, processes=2))
+    assert code == 0, err
+    assert [row["step"] for row in metrics(out)] == [6, 12]
+    assert (out / "results.json").exists()
+    assert not list(out.glob(".partial*"))
+    (out / "results.json").unlink()
+    code, text, err = finish(command("simclr.py", *argv, processes=2))
+    assert code == 0 and "going on after step 12 of 12" in text, err
+    encoder = out / "encoder.safetensors"
+    argv = [encoder, "--data", folder, "--seeds", "1", "--protocol", "knn"]
+    code, text, err = finish(command("linear_eval.py", *argv, processes=2))
+    assert code == 0 and text.count("top-1") == 2, err
+    alone = common.load_encoder(encoder)[0]
+    data, bank, test = common.load_splits(str(folder), "nowhere", None, torch.device("cpu"), 1)
+    assert f"top-1 {common.knn_accuracy(alone, bank, test, 12):.2f}" in text
+
+
+def test_a_batch_that_processes_cannot_share_is_refused_once(folder, tmp_path):
+    argv = ["--data", folder, "--out", tmp_path / "run", *TINY, "--batch-size", "9"]
+    code, _, err = finish(command("simclr.py", *argv, processes=2))
+    assert code != 0 and err.count("error: --batch-size") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script", ["simclr.py", "linear_eval.py"])
+def test_fewer_processes_than_asked_for_is_said(script, folder, tmp_path):
+    argv = ["random"] if script == "linear_eval.py" else TINY
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+              str(ROOT / script), *argv, "--data", str(folder), "--out", str(tmp_path / "run")]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0 and "error: Accelerate runs one process" in done.stderr
+    assert not (tmp_path / "run").exists()
