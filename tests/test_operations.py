@@ -1,4 +1,4 @@
-"""The batched image operations: torchvision's results for the same parameters, and its parameters."""
+"""The batched image operations: torchvision's results and torchvision's distributions."""
 
 import math
 from functools import partial

@@ -49,7 +49,7 @@ def test_features_of_an_odd_number_of_images_count_each_once(saved):
 
 def test_simclr_on_two_processes_leaves_one_run_that_goes_on(folder, tmp_path):
     out = tmp_path / "run"
-    argv = ["--data", folder, "--out", out, *TINY, "--seed", "1"]
+    argv = ["--data", folder, "--out", out, *TINY, "--seed", "1", "--batch-size", "8"]
     code, _, err = finish(command("simclr.py", *argv, processes=2))
     assert code == 0, err
     assert [row["step"] for row in metrics(out)] == [6, 12]
@@ -63,7 +63,7 @@ def test_simclr_on_two_processes_leaves_one_run_that_goes_on(folder, tmp_path):
     code, text, err = finish(command("linear_eval.py", *argv, processes=2))
     assert code == 0 and text.count("top-1") == 2, err
     alone = common.load_encoder(encoder)[0]
-    data, bank, test = common.load_splits(str(folder), "nowhere", None, torch.device("cpu"), 1)
+    _, bank, test = common.load_splits(str(folder), "nowhere", None, torch.device("cpu"), 1)
     assert f"top-1 {common.knn_accuracy(alone, bank, test, 12):.2f}" in text
 
 
