@@ -107,7 +107,7 @@ class RandomResizedCrop(NamedTuple):
         rows, columns = filters(top, height, x.shape[2]), filters(left, width, x.shape[3])
         columns = torch.where(flip.to(x.device)[:, None, None], columns.flip(1), columns)
         x = x.float().div_(255) if x.dtype == torch.uint8 else x
-        return rows[:, None] @ x @ columns[:, None].transpose(2, 3)
+        return rows[:, None] @ (x.flatten(1, 2) @ columns.mT).unflatten(1, x.shape[1:3])
 
 
 class ColorJitter(NamedTuple):
@@ -165,8 +165,8 @@ class GaussianBlur(NamedTuple):
         weights = (weights / weights.sum(1, keepdim=True))[:, None].expand(-1, n, -1)
         source = (torch.arange(n, device=x.device)[:, None] + tap).abs()
         source = source.minimum(2 * (n - 1) - source).expand_as(weights)
-        band = x.new_zeros(len(x), n, n).scatter_add_(2, source, weights)[:, None]
-        return band @ x @ band.transpose(2, 3)
+        band = x.new_zeros(len(x), n, n).scatter_add_(2, source, weights)
+        return band[:, None] @ (x.flatten(1, 2) @ band.mT).view_as(x)
 
 
 class RandomApply(NamedTuple):

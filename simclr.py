@@ -37,8 +37,8 @@ import common
 from common import ColorJitter, GaussianBlur, RandomApply, RandomResizedCrop, fail, grayscale
 
 # What 2 CPU cores learn from the bundled images in some minutes; a flag that is given wins.
-BUNDLED = {"arch": "small", "epochs": 36, "crop_scale": 0.2, "color_strength": 1.0, "temperature": 0.1,
-           "optimizer": "adamw", "lr": 0.004, "weight_decay": 1e-4, "warmup_epochs": 2}
+BUNDLED = {"arch": "small", "epochs": 36, "crop_scale": 0.2, "color_strength": 1, "lr": 0.004,
+           "temperature": 0.1, "optimizer": "adamw", "weight_decay": 1e-4, "warmup_epochs": 2}
 LR_4096 = {"lars": 4.8, "sgd": 0.48, "adamw": 0.008}  # peak rates at batch 4096
 OPERATIONS = ("crop", "color", "gray", "blur")
 MAY_BE_0 = {"head_layers", "color_strength", "warmup_epochs", "weight_decay", "seed"}

@@ -1,0 +1,129 @@
+"""Speed, as ratios taken in one run: `python tests/benchmark.py` (some minutes on two cores).
+
+1. Images a second of a script's own training loop, end to end, against its encoder alone (forward,
+   backward and optimiser step on ready views of the same shape and precision). The two take turns
+   within one run of main(), so that the drift of the machine cancels.
+2. Views a second of the augmentation alone against torchvision's v2 transforms image by image, in
+   as many worker processes as there are cores.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+import simclr
+
+BLOCK = 4  # steps of a turn
+
+
+def class_folders(folder: Path, images: int, side: int = 32) -> None:
+    rng = np.random.default_rng(0)
+    for split, count in (("train", images), ("test", 64)):
+        for name in ("a", "b"):
+            (folder / split / name).mkdir(parents=True)
+        for i in range(count):
+            coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+            coarse.resize((side, side)).save(folder / split / "ab"[i % 2] / f"{i}.png")
+
+
+def end_to_end(script, argv: list[str], batch: int, views: int, turns: int) -> None:
+    """Run script.main with pauses in which its encoder works alone."""
+    encoder = common.build_encoder("resnet18", "7x7").to(memory_format=torch.channels_last)
+    optimizer = simclr.LARS(encoder.parameters(), 1e-3)
+    x = torch.rand(views * batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+
+    def bare() -> None:
+        optimizer.zero_grad()
+        encoder(x).square().mean().backward()
+        optimizer.step()
+
+    batches, times = common.batches, []
+
+    def taking_turns(*args):
+        began, steps = time.perf_counter(), batches(*args)
+        while True:
+            for _ in range(BLOCK):
+                yield next(steps)
+            now = time.perf_counter()  # the loop is done with the block and asks for more
+            for _ in range(BLOCK):
+                bare()
+            times.append((now - began, time.perf_counter() - now))
+            if len(times) == turns + 2:
+                return
+            began = time.perf_counter()
+
+    common.batches = taking_turns
+    with contextlib.redirect_stdout(io.StringIO()):
+        script.main(argv)
+    common.batches = batches
+    times = times[2:]  # warm-up
+    ours, alone = (statistics.median(t) for t in zip(*times, strict=True))
+    ratio = statistics.median(b / a for a, b in times)
+    print(f"{script.__name__}: {BLOCK * batch / ours:.0f} images/s end to end, "
+          f"{BLOCK * batch / alone:.0f} the encoder alone: {ratio:.3f} (median of {len(times)} turns)")
+
+
+class PerImage(Dataset):
+    """Two views of each image with torchvision's transforms."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images = images
+        self.transform = v2.Compose([
+            v2.RandomResizedCrop(32, antialias=True), v2.RandomHorizontalFlip(),
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2),
+            v2.ToDtype(torch.float32, scale=True)])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return torch.stack([self.transform(self.images[i]) for _ in range(2)])
+
+
+def augmentation(turns: int) -> None:
+    cores = os.cpu_count()
+    data = common.ImageSet(torch.randint(256, (2048, 3, 32, 32), dtype=torch.uint8),
+                           torch.zeros(2048))
+    recipe = simclr.augmentation(["crop", "color", "gray"], 32, 0.08, 0.5)
+    loader = DataLoader(PerImage(data.images), 256, num_workers=cores, persistent_workers=True)
+    times = []
+    for turn in range(turns + 1):
+        began = time.perf_counter()
+        for _ in common.batches(data, [(2, recipe)], 256, 0, 8 * turn, 8 * turn + 8):
+            pass
+        middle = time.perf_counter()
+        for _ in loader:
+            pass
+        times.append((middle - began, time.perf_counter() - middle))
+    ours, theirs = (2 * 2048 / statistics.median(t) for t in zip(*times[1:], strict=True))
+    ratio = statistics.median(b / a for a, b in times[1:])
+    print(f"augmentation: {ours:.0f} views/s, torchvision v2 image by image, {cores} workers, "
+          f"{theirs:.0f}: {ratio:.2f} times (median of {turns} turns)")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--turns", type=int, default=12, help="turns of each comparison")
+    turns = parser.parse_args().turns
+    print(f"torch {torch.__version__}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    with tempfile.TemporaryDirectory() as folder:
+        steps = BLOCK * (turns + 2)  # in one epoch, as with a real set
+        class_folders(Path(folder, "images"), 256 * steps)
+        argv = ["--data", f"{folder}/images", "--out", f"{folder}/run", "--stem", "7x7",
+                "--batch-size", "256", "--epochs", "1", "--image-size", "32"]
+        end_to_end(simclr, argv, 256, 2, turns)
+    augmentation(turns)
