@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         (out / "eval.json").touch()
         results = json.loads((out / "eval.json").read_text() or "[]")
     except (OSError, ValueError) as error:
-        fail(f"--out {out} cannot be used ({error})")
+        fail(f"{out}/eval.json cannot be used ({error}): take another --out")
 
     rows = []
     for seed in range(args.seeds):

@@ -230,8 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     optimizer = make[args.optimizer](net.parameters(), args.lr, weight_decay=args.weight_decay)
     model, optimizer = accelerator.prepare(net, optimizer)
 
-    done, rows = 0, []  # steps; a row an epoch
-    sums = torch.zeros(3, device=device)  # since the epoch began: losses, spreads of z, steps
+    done, rows, sums = 0, [], torch.zeros(3, device=device)  # the epoch's losses, spreads, steps
     if (out / "checkpoint.pt").exists():
         state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
         net.load_state_dict(state["model"])

@@ -74,7 +74,7 @@ def end_to_end(script, argv: list[str], batch: int, views: int, turns: int) -> N
     ours, alone = (statistics.median(t) for t in zip(*times, strict=True))
     ratio = statistics.median(b / a for a, b in times)
     print(f"{script.__name__}: {BLOCK * batch / ours:.0f} images/s end to end, "
-          f"{BLOCK * batch / alone:.0f} the encoder alone: {ratio:.3f} (median of {len(times)} turns)")
+          f"{BLOCK * batch / alone:.0f} the encoder alone: {ratio:.3f} (median of {turns} turns)")
 
 
 class PerImage(Dataset):
