@@ -48,7 +48,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser("linear_eval.py", description=__doc__.splitlines()[0],
                                 allow_abbrev=False)
     p.error = fail
-    flag = p.add_argument
+
+    def flag(name: str, help: str, default: object = None, **more: object) -> None:
+        shown = "" if default is None else " (default: %(default)s)"
+        p.add_argument(name, help=help + shown, default=default, **more)
     flag("encoder", help="an encoder.safetensors of these scripts, or random")
     flag("--protocol", choices=("linear", "knn"), default="linear", help="how it is evaluated")
     flag("--data", help=f"{', '.join(common.SETS)} or a folder (default: what it was trained on)")

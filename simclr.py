@@ -39,8 +39,8 @@ from common import ColorJitter, GaussianBlur, RandomApply, RandomResizedCrop, fa
 # What 2 CPU cores learn from the bundled images in some minutes; a flag that is given wins.
 BUNDLED = {"arch": "small", "epochs": 36, "crop_scale": 0.2, "color_strength": 1, "lr": 0.004,
            "temperature": 0.1, "optimizer": "adamw", "weight_decay": 1e-4, "warmup_epochs": 2}
-LR_4096 = {"lars": 4.8, "sgd": 0.48, "adamw": 0.008}  # peak rates at batch 4096
 OPERATIONS = ("crop", "color", "gray", "blur")
+LR_4096 = {"lars": 4.8, "sgd": 0.48, "adamw": 0.008}  # peak rates at batch 4096
 MAY_BE_0 = {"head_layers", "color_strength", "warmup_epochs", "weight_decay", "seed"}
 MAY_CHANGE = {"root", "eval_every", "workers", "out", "log_with"}  # when a run goes on
 
@@ -48,8 +48,13 @@ MAY_CHANGE = {"root", "eval_every", "workers", "out", "log_with"}  # when a run 
 # ----------------------------------------------------------------------------- arguments
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags, checked as far as they can be without the data."""
-    p = argparse.ArgumentParser("simclr.py", description="SimCLR pretraining", allow_abbrev=False)
-    p.error, flag = fail, p.add_argument
+    p = argparse.ArgumentParser("simclr.py", epilog=f"defaults with the bundled images: {BUNDLED}",
+                                description="SimCLR pretraining", allow_abbrev=False)
+    p.error = fail
+
+    def flag(name: str, help: str, default: object = None, **more: object) -> None:
+        shown = "" if default is None else " (default: %(default)s)"
+        p.add_argument(name, help=help + shown, default=default, **more)
     flag("--data", default="fashion-mini", help=f"{', '.join(common.SETS)} or a folder")
     flag("--root", default="data", help="folder where torchvision's sets are or will be put")
     flag("--limit", type=int, help="train on the first so many images of a fixed shuffle")
@@ -60,7 +65,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--head-layers", type=int, choices=range(4), default=2, help="layers of the projection g")
     flag("--hidden", type=int, default=512, help="width of the projection's hidden layers")
     flag("--dim", type=int, default=128, help="dimensions of z")
-    flag("--augment", nargs="+", choices=OPERATIONS, help="Fig. 5 (default: all; blur from 65 px)")
+    flag("--augment", nargs="+", choices=OPERATIONS, help="operations (default: all, blur > 64 px)")
     flag("--crop-scale", type=float, default=0.08, help="smallest crop, as a share of the area")
     flag("--color-strength", type=float, default=0.5, help="strength s of the colours (Table 1)")
     flag("--temperature", type=float, default=0.2, help="temperature of NT-Xent")
@@ -86,8 +91,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             fail(f"--{k.replace('_', '-')} {v} is out of range")
     if args.log_with and args.log_with not in map(str, get_available_trackers()):
         fail(f"--log-with {args.log_with}: no such tracker, or its package is not installed")
-    share = args.batch_size / 4096
-    args.lr = args.lr or LR_4096[args.optimizer] * share ** (1 if args.lr_rule == "linear" else 0.5)
+    power = {"linear": 1, "sqrt": 0.5}[args.lr_rule]
+    args.lr = args.lr or LR_4096[args.optimizer] * (args.batch_size / 4096) ** power
     args.out = Path(args.out or f"runs/simclr-{Path(args.data).name}")
     return args
 
@@ -138,8 +143,6 @@ def gather(z: Tensor, accelerator: Accelerator) -> Tensor:
     the parameters' gradients over the P processes, hence the factor P.
     """
     P, own = accelerator.num_processes, accelerator.process_index
-    if P == 1:
-        return z
     everyone = list(accelerator.gather(z.detach()).chunk(P))
     everyone[own] = z.detach() + P * (z - z.detach())
     return torch.cat(everyone)
@@ -157,9 +160,8 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
-            for p in group["params"]:
-                if (g := p.grad) is None:
-                    continue
+            for p in (p for p in group["params"] if p.grad is not None):
+                g = p.grad
                 if p.ndim > 1:
                     g = g + group["weight_decay"] * p
                     trust = group["trust_coefficient"] * p.norm() / g.norm()
@@ -189,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data, bank, test = common.load_splits(args.data, args.root, args.limit, device, args.workers)
     size = args.image_size or min(data.images.shape[2:])
     stem = args.stem or ("3x3" if size <= 64 else "7x7")
-    names = args.augment or ["crop", "color", "gray", *["blur"] * (size > 64)]
+    names = args.augment or OPERATIONS[: 4 if size > 64 else 3]
     recipe = augmentation(names, size, args.crop_scale, args.color_strength)
     if not 2 <= args.batch_size <= len(data) or args.batch_size % processes:
         fail(f"--batch-size: take 2 to {len(data)} images, a multiple of {processes} processes")
@@ -197,8 +199,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
     warmup = min(round(args.warmup_epochs * epoch_steps), steps - 1)
 
-    settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
-    settings |= {"images": len(data), "mixed_precision": accelerator.mixed_precision}
+    settings = {"images": len(data), "mixed_precision": accelerator.mixed_precision,
+                **{k: v for k, v in vars(args).items() if k not in MAY_CHANGE}}
     config = {"settings": settings, "device": str(device), "processes": processes,
               **{p: version(p) for p in ("torch", "torchvision", "accelerate")}}
     try:
@@ -213,8 +215,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (OSError, ValueError, KeyError) as error:
         fail(f"--out {out} is no folder of a run, nor can it be made one ({error})")
     if (out / "results.json").exists():
-        rows = json.loads((out / "results.json").read_text())
-        return say(f"{out} is finished; test accuracy in percent:\n{common.table(rows)}")
+        return say(f"{out} is finished; test accuracy in percent:\n"
+                   f"{common.table(json.loads((out / 'results.json').read_text()))}")
 
     torch.manual_seed(args.seed)
     encoder = common.build_encoder(args.arch, stem)
@@ -255,8 +257,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     least = math.log1p((2 * N - 2) * math.exp(-N / (N - 1) / args.temperature))
     broken = torch.tensor(-1, device=device)  # the first step whose loss is not finite
     look = 1 if device.type == "cpu" else 20  # steps between two looks at what is on the device
-    saved = began = time.monotonic()
-    epoch_start = done
+    saved, began, epoch_start = time.monotonic(), time.monotonic(), done
     stream = common.batches(data, [(2, recipe)], args.batch_size, args.seed, done, steps)
     bar = tqdm(stream, total=steps, initial=done, disable=not sys.stderr.isatty())
     for step, index, (views,) in bar:
@@ -264,8 +265,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             shown = torch.cat([data.centres(index[:8], size), *views[:, :8]])
             common.save_pictures(out / "views.png", shown, len(shown) // 3)
         lr = learning_rate(step, steps, warmup, args.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        optimizer.param_groups[0]["lr"] = lr
         z = model(views.flatten(0, 1).contiguous(memory_format=torch.channels_last)).float()
         z1, z2 = gather(z.unflatten(0, (2, -1)).transpose(0, 1), accelerator).unbind(1)
         loss = nt_xent(z1, z2, args.temperature)
