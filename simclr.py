@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> None:
               **{p: version(p) for p in ("torch", "torchvision", "accelerate")}}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        old = json.loads((out / "config.json").read_text()) if any(out.iterdir()) else config
+        old = json.loads((out / "config.json").read_text()) if any(out.glob("[!.]*")) else config
         if changed := [k for k in settings if old["settings"].get(k) != settings[k]]:
             fail(f"{out} holds a run with another {', '.join(changed)}: take another --out")
         accelerator.wait_for_everyone()

@@ -209,3 +209,10 @@ def test_grey_sets_become_three_channels():
     _, _, (views,) = next(batches(data, [(1, [RandomResizedCrop(8)])], 4, 0, 0, 1))
     assert views.shape == (1, 4, 3, 8, 8) and torch.equal(views[:, :, 0], views[:, :, 2])
     assert data.centres(torch.tensor([2]), 4).shape == (1, 3, 4, 4)
+
+
+def test_every_view_of_every_image_has_parameters_of_its_own():
+    image = torch.randint(256, (1, 3, 16, 16), dtype=torch.uint8)
+    data = common.ImageSet(image.repeat(12, 1, 1, 1), torch.zeros(12))
+    _, _, (views, _) = next(batches(data, RECIPES, 12, 0, 0, 1))
+    assert len(views.flatten(0, 1).flatten(1).unique(dim=0)) == 24

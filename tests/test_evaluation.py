@@ -94,19 +94,22 @@ def test_probe_does_not_see_the_scale_of_features_nor_the_test_set():
     torch.testing.assert_close(part, logits[:7])
 
 
-def test_probe_decays_when_there_is_nothing_to_learn_but_noise():
-    rng = generator(3)
-    x, y = torch.randn(60, 200, generator=rng), torch.arange(60) % 2
-    logits, _ = linear_probe(x, y, torch.randn(500, 200, generator=rng), 2)
-    assert logits.isfinite().all()
+def test_probe_chooses_among_decays_too():
+    rng = generator(3)  # labels that have little to do with the features
+    x, y = torch.randn(200, 50, generator=rng), torch.arange(200) % 2
+    x[:, 0] += y
+    chosen = [linear_probe(x, y, x[:1], 2, seed)[1] for seed in range(6)]
+    assert len({choice["weight_decay"] for choice in chosen}) > 1
+    assert len({choice["lr"] for choice in chosen}) > 1
 
 
 def test_held_out_tenth_has_every_class():
-    # Two classes that only a probe chosen on both gets right; sorted labels must not matter.
-    x, y = blobs(300)
+    rng, y = generator(3), torch.arange(300) % 3
+    x = torch.randn(300, 6, generator=rng)
+    x[y == 0] += 20  # easily told from the others, which cannot be told apart
     order = y.argsort(stable=True)
-    logits, choice = linear_probe(x[order], y[order], x, 3)
-    assert choice["held-out"] > 90 and common.accuracy(logits, y) > 90
+    _, choice = linear_probe(x[order], y[order], x, 3)
+    assert 45 < choice["held-out"] < 90
 
 
 def test_some_of_each_class():
