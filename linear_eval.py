@@ -118,6 +118,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     one_of_many = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ
     if int(os.environ.get("WORLD_SIZE", 1 + one_of_many)) > processes:
         fail("Accelerate runs one process, not several; CPU: ACCELERATE_USE_CPU=true torchrun ...")
+    if device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        torch.set_num_threads(os.cpu_count() // processes or 1)  # accelerate launch: one
 
     untrained, about = args.encoder == "random", {}
     if not untrained:

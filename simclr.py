@@ -9,9 +9,9 @@ Norouzi and Hinton, ICML 2020, https://arxiv.org/abs/2002.05709).
     accelerate launch --mixed_precision bf16 simclr.py --data cifar10 --epochs 500
     accelerate launch --multi_gpu --num_processes 8 simclr.py --data FOLDER --batch-size 4096
 
-The same command again goes on with an interrupted run. README has the paper's commands and what
-was measured. Deviations: Eq. 1 is averaged over the 2N views (the authors' code returns twice
-that), the defaults are for small images, and on CPUs each process has a BN of its own.
+The same command again goes on with an interrupted run. Deviations: Eq. 1 is averaged over the 2N
+views (the authors' code returns twice that); the defaults are for small images; on CPUs each
+process has a BN of its own. README has the paper's commands and what was measured.
 """
 
 import argparse
@@ -179,7 +179,7 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
 
 # ---------------------------------------------------------------------------------- main
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train, evaluate and leave a run in args.out; the same arguments again go on with it."""
+    """Train, evaluate and leave a run in --out; the same arguments again go on with it."""
     args = parse_arguments(argv)
     out, torch.backends.cudnn.benchmark = args.out, True
     accelerator = Accelerator(log_with=args.log_with, project_dir=out)
@@ -187,7 +187,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     one_of_many = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ
     if int(os.environ.get("WORLD_SIZE", 1 + one_of_many)) > processes:
         fail("Accelerate runs one process, not several; CPU: ACCELERATE_USE_CPU=true torchrun ...")
-
+    if device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        torch.set_num_threads(os.cpu_count() // processes or 1)  # accelerate launch: one
     data, bank, test = common.load_splits(args.data, args.root, args.limit, device, args.workers)
     size = args.image_size or min(data.images.shape[2:])
     stem = args.stem or ("3x3" if size <= 64 else "7x7")
@@ -198,7 +199,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     epoch_steps = len(data) // args.batch_size
     steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
     warmup = min(round(args.warmup_epochs * epoch_steps), steps - 1)
-
     settings = {"images": len(data), "mixed_precision": accelerator.mixed_precision,
                 **{k: v for k, v in vars(args).items() if k not in MAY_CHANGE}}
     config = {"settings": settings, "device": str(device), "processes": processes,
