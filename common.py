@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from accelerate import PartialState
-from accelerate.utils import gather, tqdm
+from accelerate.utils import broadcast, gather, tqdm
 from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -31,8 +31,8 @@ ARCHITECTURES = ("small", "resnet18", "resnet34", "resnet50")
 
 
 def fail(message: str) -> NoReturn:
-    """Stop for what a user can mend: one line on stderr (not one a process), exit code 2."""
-    if os.environ.get("RANK", "0") == "0":
+    """Stop for what a user can mend: one line on stderr (one a machine), exit code 2."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
@@ -57,6 +57,11 @@ def generator(*key: int) -> torch.Generator:
 # On x [B, C, H, W], float32 in 0..1, C 1 or 3. `draw(n, rng)` gives the parameters of n images, a
 # tuple of CPU tensors with n rows, distributed as in torchvision's transform of the same name; an
 # operation called with rows of them gives what torchvision.transforms.v2.functional gives.
+def beside(x: Tensor, v: Tensor) -> Tensor:
+    """v on the device of x; a CUDA device is not waited for."""
+    return v.to(x.device, non_blocking=x.is_cuda)
+
+
 def grayscale(x: Tensor) -> Tensor:
     """Luma in each of the channels."""
     return TF.rgb_to_grayscale(x, x.shape[-3])
@@ -85,8 +90,7 @@ class RandomResizedCrop(NamedTuple):
         nearest = (width / height).clamp(*self.ratio)
         h = torch.where(found, h.gather(1, first), (width / nearest).round().minimum(height))
         w = torch.where(found, w.gather(1, first), (height * nearest).round().minimum(width))
-        # u < 1, but in float32 its product with a whole number may round up to the end.
-        top = (u[:, 20:21] * (height - h + 1)).floor().minimum(height - h)
+        top = (u[:, 20:21] * (height - h + 1)).floor().minimum(height - h)  # may have rounded up
         left = (u[:, 21:] * (width - w + 1)).floor().minimum(width - w)
         top = torch.where(found, top, (height - h) // 2)
         return torch.cat([top, torch.where(found, left, (width - w) // 2), h, w], 1).long()
@@ -102,10 +106,10 @@ class RandomResizedCrop(NamedTuple):
             w = distance.abs_().neg_().add_(1).clamp_(min=0).mul_(inside[:, None])
             return w.div_(w.sum(2, keepdim=True))
 
-        boxes = self.boxes(u, *x.shape[2:]).to(x.device, torch.float32)
+        boxes = beside(x, self.boxes(u, *x.shape[2:]).float())
         top, left, height, width = boxes.split(1, dim=1)
         rows, columns = filters(top, height, x.shape[2]), filters(left, width, x.shape[3])
-        columns = torch.where(flip.to(x.device)[:, None, None], columns.flip(1), columns)
+        columns = torch.where(beside(x, flip)[:, None, None], columns.flip(1), columns)
         x = x.float().div_(255) if x.dtype == torch.uint8 else x
         return rows[:, None] @ (x.flatten(1, 2) @ columns.mT).unflatten(1, x.shape[1:3])
 
@@ -125,14 +129,14 @@ class ColorJitter(NamedTuple):
 
     def __call__(self, x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
         """factors [B, 4]: three around 1 and the hue's shift; order [B, 4]: their permutation."""
-        factors = factors.to(x.device)
+        factors = beside(x, factors)
         for turn in order.unbind(1):
             # The first three mix the image with something grey: black, its mean, its luma.
-            kind, grey = turn.to(x.device)[:, None, None, None], TF.rgb_to_grayscale(x, 1)
+            kind, grey = beside(x, turn)[:, None, None, None], TF.rgb_to_grayscale(x, 1)
             grey = torch.where(kind == 1, grey.mean((2, 3), keepdim=True), grey * (kind != 0))
             factor = factors.gather(1, kind[:, 0, 0])[..., None, None].masked_fill(kind == 3, 1)
             x, before = torch.lerp(grey, x, factor).clamp_(0, 1), x
-            i = (turn == 3).nonzero()[:, 0].to(x.device)
+            i = beside(x, (turn == 3).nonzero()[:, 0])
             if self.hue and x.shape[1] == 3:
                 x[i] = self.shift_hue(before[i], factors[i, 3, None, None])
         return x
@@ -161,7 +165,7 @@ class GaussianBlur(NamedTuple):
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """x [B, C, S, S], sigma [B]: two products with banded matrices [S, S]."""
         n, tap = x.shape[3], torch.arange(self.kernel_size, device=x.device) - self.kernel_size // 2
-        weights = torch.exp(-0.5 * (tap / sigma.to(x.device)[:, None]) ** 2)
+        weights = torch.exp(-0.5 * (tap / beside(x, sigma)[:, None]) ** 2)
         weights = (weights / weights.sum(1, keepdim=True))[:, None].expand(-1, n, -1)
         source = (torch.arange(n, device=x.device)[:, None] + tap).abs()
         source = source.minimum(2 * (n - 1) - source).expand_as(weights)
@@ -179,8 +183,8 @@ class RandomApply(NamedTuple):
         return torch.rand(n, generator=rng) < self.p, *drawn
 
     def __call__(self, x: Tensor, chosen: Tensor, *drawn: Tensor) -> Tensor:
-        i = chosen.nonzero()[:, 0]  # on the CPU, so that no device is waited for
-        there = i.to(x.device)
+        i = chosen.nonzero()[:, 0]  # on the CPU: its size is known without a wait
+        there = beside(x, i)
         return x.index_copy(0, there, self.operation(x[there], *(v[i] for v in drawn)))
 
 
@@ -196,11 +200,11 @@ class ImageSet:
 
     def crops(self, index: Tensor, crop: RandomResizedCrop, *drawn: Tensor) -> Tensor:
         """Crops [n, C, size, size] float32 of the images index [n], as crop.draw gave them."""
-        return crop(self.images[index.to(self.images.device)], *drawn)
+        return crop(self.images[beside(self.images, index)], *drawn)
 
     def centres(self, index: Tensor, size: int) -> Tensor:
         """The largest middle squares of the images index [n] → [n, 3, size, size] float32."""
-        x = self.images[index.to(self.images.device)].float().div_(255)
+        x = self.images[beside(self.images, index)].float().div_(255)
         return TF.resize(TF.center_crop(x, min(x.shape[2:])), size).expand(-1, 3, -1, -1)
 
 
@@ -208,13 +212,12 @@ def load_splits(data: str, root: str, limit: int | None, device: torch.device,
                 workers: int) -> tuple[ImageSet, ImageSet, ImageSet]:
     """A set by name, or a folder with train/ and val/ or test/ that hold a folder a class.
 
-    → images to pretrain on (stl10: the unlabelled ones, else the next), labelled training images,
-    test images. root: where torchvision's sets lie or are put. limit: the first so many of a fixed
-    shuffle of all but the test images. workers: threads that decode. What cannot be had: fail().
+    → images to pretrain on (stl10: unlabelled, else the next), labelled training images, and test
+    images, which `limit` (the first so many of a fixed shuffle) spares. What is missing: fail().
     """
 
     def load(split: str) -> ImageSet:
-        with PartialState().local_main_process_first():  # one process downloads
+        with PartialState().local_main_process_first() if data in SETS else nullcontext():
             images, labels = _named(data, split, root) if data in SETS else _folder(data, split)
         index = torch.arange(len(images))
         if limit and split != "test":
@@ -238,8 +241,8 @@ def _named(name: str, split: str, root: str) -> tuple[np.ndarray, Sequence[int]]
             return images.data, images.labels
         kind = {"mnist": "MNIST", "fashionmnist": "FashionMNIST"}.get(name, name.upper())
         images = getattr(sets, kind)(root, split == "train", download=True)
-    except (OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # of the network, or of damaged files
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         fail(f"{name} is neither here nor to be downloaded ({reason}): copy its files, or take "
              f"another --data: {', '.join(SETS)} or a folder")
     pixels = np.asarray(images.data)
@@ -265,21 +268,26 @@ def _decode(paths: list[str], workers: int) -> Tensor:  # → [N, 3, H, W] uint8
     def read(path: str) -> Tensor:
         try:
             with Image.open(path) as image:
+                if image.mode[0] in "IF":
+                    raise ValueError("it has more than 8 bits a channel")
                 pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
         except Exception as error:  # Pillow raises nearly everything on a damaged file
-            fail(f"{path} cannot be read ({error}): repair or remove it")
+            raise OSError(f"{path} cannot be read ({error}): mend or remove it") from None
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
-    first = read(paths[0])
-    if len(paths) * first.numel() > MEMORY_LIMIT:
-        fail(f"{len(paths)} images like {paths[0]} are over {MEMORY_LIMIT >> 30} GiB: take --limit")
-    pixels = torch.empty(len(paths), *first.shape, dtype=torch.uint8)
-    with ThreadPoolExecutor(workers) as pool:
-        bar = tqdm(paths, desc="decoding", disable=not sys.stderr.isatty())
-        for path, image, target in zip(bar, pool.map(read, paths), pixels, strict=True):
-            if image.shape != first.shape:
-                fail(f"{path} and {paths[0]} differ in size: bring the images to one size")
-            target.copy_(image)
+    try:
+        first = read(paths[0])
+        if len(paths) * first.numel() > MEMORY_LIMIT:
+            fail(f"{len(paths)} images like {paths[0]} are over {MEMORY_LIMIT >> 30} GiB: --limit")
+        pixels = torch.empty(len(paths), *first.shape, dtype=torch.uint8)
+        with ThreadPoolExecutor(workers) as pool:
+            bar = tqdm(paths, desc="decoding", disable=not sys.stderr.isatty())
+            for path, image, target in zip(bar, pool.map(read, paths), pixels, strict=True):
+                if image.shape != first.shape:
+                    fail(f"{path} and {paths[0]} differ in size: bring the images to one size")
+                target.copy_(image)
+    except OSError as error:
+        fail(str(error))
     return pixels
 
 
@@ -287,10 +295,9 @@ def batches(data: ImageSet, recipes: Sequence[tuple[int, Sequence]], batch_size:
             start: int, stop: int) -> Iterator[tuple[int, Tensor, list[Tensor]]]:
     """The steps `start` to `stop` - 1 of a training run: this process's rows of shuffled batches.
 
-    recipes: pairs (number of views, operations, the crop first); batch_size: over all processes; an
-    epoch's last, smaller batch is left out. Yields the step, the images' index [B] and one [V, B,
-    3, size, size] a recipe. All that is random is drawn for the whole batch from (seed, epoch,
-    step): neither the number of processes nor an interruption changes it.
+    recipes: pairs (number of views, operations, the crop first); batch_size: of all processes; an
+    epoch's smaller last batch is left out. Yields the step, the images' index [B] and for each
+    recipe [V, B, 3, size, size]. All is drawn for the whole batch from (seed, epoch, step).
     """
     state, order = PartialState(), None
     rows = torch.arange(batch_size).chunk(state.num_processes)[state.process_index]
@@ -312,11 +319,8 @@ def batches(data: ImageSet, recipes: Sequence[tuple[int, Sequence]], batch_size:
 
 # --------------------------------------------------------------------------------------- encoders
 def build_encoder(architecture: str, stem: str = "7x7") -> nn.Module:
-    """An encoder [B, 3, H, W] → h [B, encoder.width], a ResNet with torchvision's names.
-
-    stem (of a ResNet): "7x7" as for ImageNet, or "3x3" without max-pooling for small images
-    (SimCLR, B.9). "small" is five convolutions for images of about 28 pixels and a CPU.
-    """
+    """[B, 3, H, W] → h [B, encoder.width]: a ResNet with torchvision's names, its stem "7x7" or
+    "3x3" without max-pooling (SimCLR, B.9), or "small", five convolutions."""
     if architecture == "small":
         widths = ((3, 32), (32, 32), (32, 64), (64, 128), (128, 256))
         layers = [Conv2dNormActivation(*w, 3, 2 - i % 2) for i, w in enumerate(widths)]
@@ -348,7 +352,7 @@ def load_encoder(path: str | Path) -> tuple[nn.Module, dict[str, str]]:
         encoder = build_encoder(metadata["architecture"], metadata["stem"])
         encoder.load_state_dict(weights)
     except Exception as error:  # a foreign file leads to nearly everything
-        fail(f"{path} is no encoder.safetensors of these scripts ({str(error).splitlines()[0]})")
+        fail(f"{path} is no encoder.safetensors of these scripts ({error!r:.200})")
     return encoder, metadata
 
 
@@ -360,7 +364,7 @@ def extract_features(encoder: nn.Module, data: ImageSet, size: int, batch: int =
     # The last process repeats the last image; what it repeated is cut off after gathering.
     index = (state.process_index * share + torch.arange(share)).clamp(max=len(data) - 1)
     x = (data.centres(i, size) for i in index.split(batch))
-    encoder.eval()
+    broadcast([*encoder.eval().buffers()])  # on CPUs each process has BN statistics of its own
     h = [encoder(v.contiguous(memory_format=torch.channels_last)).float() for v in x]
     encoder.train(training)
     return gather(torch.cat(h))[: len(data)]
@@ -372,9 +376,8 @@ def knn_predict(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int, temp
                 num_classes: int | None = None) -> Tensor:
     """Weighted k nearest neighbours by cosine (Wu et al. 2018, §3.4).
 
-    bank [M, D] and queries [Q, D] (normalised here), bank_labels [M] → scores [Q, num_classes]: by
-    class the sum of exp(cosine / temperature) over the k nearest, rows scaled to sum to 1. Works in
-    chunks of both. ValueError for a k outside 1..M.
+    bank [M, D] and queries [Q, D] (normalised here, in chunks), bank_labels [M] → [Q, num_classes]:
+    exp(cosine / temperature) summed over the k nearest, rows scaled to 1. ValueError: no such k.
     """
     if not 1 <= k <= len(bank):
         raise ValueError(f"k = {k} does not fit a bank of {len(bank)}")
@@ -396,10 +399,9 @@ def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, classes: int, seed: int =
                  epochs: int = 20) -> tuple[Tensor, dict[str, float]]:
     """Logistic regression on fixed features, its rate and decay chosen on a part of x.
 
-    x [N, D], y [N], x_test [M, D] → logits [M, classes] and the choice. Every pair of rates and
-    decays is trained on nine tenths of x, all side by side; the pair that does best on the held-out
-    tenth (of each class) is trained again on all of x. Features are standardised and divided by
-    sqrt(D), so that one grid suits every method.
+    x [N, D], y [N], x_test [M, D] → logits [M, classes] and the choice. A grid is trained side by
+    side on nine tenths of x, and what is best on the held-out tenth (of each class) on all of x.
+    Features are standardised and divided by sqrt(D), so that one grid suits every method.
     """
     rng, y = generator(seed), y.to(x.device)
     mean, scale = x.mean(0), (x.std(0) + 1e-6) * x.shape[1] ** 0.5
@@ -461,11 +463,8 @@ def knn_accuracy(encoder: nn.Module, bank: ImageSet, test: ImageSet, size: int) 
 
 def compare(encoders: dict[str, nn.Module], bank: ImageSet, test: ImageSet, size: int,
             seed: int) -> list[dict]:
-    """Test accuracies in percent, a row for each encoder and one for raw pixels.
-
-    kNN (k 20, T .07) and linear probe, with all labels and, where there are as many, with 10 a
-    class (mean of 5 draws).
-    """
+    """Test accuracies in percent, a row an encoder and one for raw pixels: kNN (k 20, T .07) and
+    linear probe, with all labels and, where there are as many, 10 a class (mean of 5 draws)."""
     classes, draws = int(bank.labels.max()) + 1, {"": [torch.arange(len(bank))]}
     if bank.labels.bincount().min() >= 10:
         few = [some_of_each(bank.labels, 10, generator(seed, i)) for i in range(5)]

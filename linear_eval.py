@@ -61,7 +61,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--arch", choices=common.ARCHITECTURES, default="resnet18", help="the random encoder's")
     flag("--stem", choices=("3x3", "7x7"), help="the random encoder's (default: by the size)")
     flag("--labels", type=int, help="labelled training images a class (default: all)")
-    flag("--seeds", type=int, default=3, help="how often to repeat, with the seeds 0, 1, ...")
+    flag("--seeds", type=int, default=3, help="number of repetitions, with the seeds 0, 1 and on")
     flag("--knn-k", type=int, default=20, help="neighbours of the kNN protocol")
     flag("--knn-temperature", type=float, default=0.07, help="temperature of the kNN's votes")
     flag("--batch-size", type=int, default=512, help="images a forward pass, of each process")
@@ -72,8 +72,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, value in vars(args).items():
         if isinstance(value, int | float) and not 0 < value < math.inf:
             fail(f"--{name.replace('_', '-')} {value} is out of range")
-    if args.features and args.features.exists():
-        fail(f"--features {args.features} is there already: take another name")
+    if args.features and (args.features.exists() or not args.features.parent.is_dir()):
+        fail(f"--features {args.features}: take a new name, in a folder that exists")
     return args
 
 
@@ -135,12 +135,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     used = args.labels * classes if args.labels else len(bank)
     if args.protocol == "knn" and args.knn_k > used:
         fail(f"--knn-k {args.knn_k} is more than the {used} labelled images")
+    if args.protocol == "linear" and used < 2:
+        fail("--limit: a linear probe needs at least 2 labelled images")
     name = f"random-{args.arch}-{Path(data).name}"
     out = args.out or (Path("runs", name) if untrained else Path(args.encoder).parent)
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "eval.json").touch()
         results = json.loads((out / "eval.json").read_text() or "[]")
+        if not isinstance(results, list):
+            raise ValueError("it holds no list of results")
     except (OSError, ValueError) as error:
         fail(f"{out}/eval.json cannot be used ({error}): take another --out")
 
@@ -175,6 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = {k: v if isinstance(v, int | float) else str(v) for k, v in vars(args).items() if v}
     result = {"settings": settings | {"data": data, "image_size": size, "torch": version("torch")}}
     result |= {"top-1": mean[0], "top-1 std": std[0], "top-5": mean[1], "top-5 std": std[1]}
+    results = json.loads((out / "eval.json").read_text() or "[]")  # others may have added theirs
     with common.written_aside(out / "eval.json") as aside:
         aside.write_text(json.dumps([*results, result | {"runs": rows}], indent=1))
     draw_neighbours(out / "neighbours.png", (h, h_test), sets)

@@ -81,16 +81,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--eval-every", type=int, default=5, help="epochs between kNN evaluations")
     flag("--workers", type=int, default=os.cpu_count(), help="threads that decode image files")
     flag("--out", help="folder of the run (default: runs/simclr-DATA)")
-    flag("--log-with", help="a tracker of Accelerate's: tensorboard, wandb, ...")
+    flag("--log-with", choices=[*map(str, get_available_trackers())], help="an installed tracker")
     if p.parse_args(argv).data == "fashion-mini":
         p.set_defaults(**BUNDLED)
     args = p.parse_args(argv)
     for k, v in vars(args).items():
-        top = 1 if k == "crop_scale" else sys.float_info.max
+        top = {"crop_scale": 1, "seed": 2**63 - 1}.get(k, sys.float_info.max)
         if isinstance(v, int | float) and not (0 < v <= top or (v == 0 and k in MAY_BE_0)):
             fail(f"--{k.replace('_', '-')} {v} is out of range")
-    if args.log_with and args.log_with not in map(str, get_available_trackers()):
-        fail(f"--log-with {args.log_with}: no such tracker, or its package is not installed")
     power = {"linear": 1, "sqrt": 0.5}[args.lr_rule]
     args.lr = args.lr or LR_4096[args.optimizer] * (args.batch_size / 4096) ** power
     args.out = Path(args.out or f"runs/simclr-{Path(args.data).name}")
@@ -208,22 +206,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         old = json.loads((out / "config.json").read_text()) if any(out.glob("[!.]*")) else config
         if changed := [k for k in settings if old["settings"].get(k) != settings[k]]:
             fail(f"{out} holds a run with another {', '.join(changed)}: take another --out")
+        results = (out / "results.json").exists() and json.loads((out / "results.json").read_text())
+        state = (out / "checkpoint.pt").exists() and torch.load(
+            out / "checkpoint.pt", map_location="cpu", weights_only=True)
         accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and old is config:
             with common.written_aside(out / "config.json") as aside:
                 aside.write_text(json.dumps(config, indent=1))
-    except (OSError, ValueError, KeyError) as error:
-        fail(f"--out {out} is no folder of a run, nor can it be made one ({error})")
-    if (out / "results.json").exists():
-        return say(f"{out} is finished; test accuracy in percent:\n"
-                   f"{common.table(json.loads((out / 'results.json').read_text()))}")
-
+    except Exception as error:  # damaged files lead to nearly everything
+        fail(f"--out {out} is no folder of a run, nor can it be made one ({error!r:.200})")
+    if results:
+        return say(f"{out} is finished; test accuracy in percent:\n{common.table(results)}")
     torch.manual_seed(args.seed)
-    encoder = common.build_encoder(args.arch, stem)
+    about = {"architecture": args.arch, "stem": stem}
+    encoder = common.build_encoder(**about)
     if args.init:
-        encoder, about = common.load_encoder(args.init)
-        if (about["architecture"], about["stem"]) != (args.arch, stem):
-            fail(f"--init {args.init}: take --arch {about['architecture']} --stem {about['stem']}")
+        encoder, of = common.load_encoder(args.init)
+        if not about.items() <= of.items():
+            fail(f"--init {args.init}: take --arch {of['architecture']} --stem {of['stem']}")
     head = projection_head(encoder.width, args.head_layers, args.hidden, args.dim)
     net = nn.Sequential(encoder, head).to(device, memory_format=torch.channels_last)
     if processes > 1 and device.type == "cuda":  # it has no CPU kernel
@@ -231,26 +231,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     make = {"lars": LARS, "sgd": partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
     optimizer = make[args.optimizer](net.parameters(), args.lr, weight_decay=args.weight_decay)
     model, optimizer = accelerator.prepare(net, optimizer)
-
     done, rows, sums = 0, [], torch.zeros(3, device=device)  # the epoch's losses, spreads, steps
-    if (out / "checkpoint.pt").exists():
-        state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+    if state:
         net.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         done, rows, sums = state["step"], state["rows"], state["sums"].to(device)
         say(f"going on after step {done} of {steps}")
 
     def save() -> None:
-        state = {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
         if accelerator.is_main_process:
-            with common.written_aside(out / "checkpoint.pt") as aside:
-                torch.save(state | {"step": done, "rows": rows, "sums": sums}, aside)
+            state = {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
             with common.written_aside(out / "metrics.jsonl") as aside:
                 aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            with common.written_aside(out / "checkpoint.pt") as aside:
+                torch.save(state | {"step": done, "rows": rows, "sums": sums}, aside)
 
-    signals, halt = [], 0  # looked at between steps; the second of a kind ends the run at once
+    signals, halt = [], 0  # looked at between steps; launchers repeat one, the third ends the run
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda n, _: (signals.append(n), signal.signal(n, signal.SIG_DFL)))
+        signal.signal(number, lambda n, _: signals.append(n) or (signals[2:] and os._exit(128 + n)))
     if args.log_with:
         accelerator.init_trackers("simclr", {k: str(v) for k, v in settings.items()})
     N, chance = args.batch_size, math.log(2 * args.batch_size - 1)  # least: a simplex of N points
@@ -287,8 +285,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             seconds = (time.monotonic() - began) / (done - epoch_start)  # a step
             mean, spread, _ = (sums / sums[2]).tolist()
             row = {"epoch": step // epoch_steps + 1, "step": done, "loss": mean, "chance": chance,
-                   "bound": least, "spread": spread, "lr": lr,
-                   "images_per_s": round(args.batch_size / seconds),
+                   "bound": least, "spread": spread, "lr": lr, "images_per_s": round(N / seconds),
                    "minutes_left": (steps - done) * seconds / 60}
             if row["epoch"] % args.eval_every == 0 or done == steps:
                 row["knn"] = common.knn_accuracy(encoder, bank, test, size)
@@ -306,21 +303,24 @@ def main(argv: Sequence[str] | None = None) -> None:
             save()
             saved = time.monotonic()
         if halt:
-            bar.close()
-            say(f"stopped after step {done} of {steps}; the same command goes on from there")
-            raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
+            break
+    bar.close()
+    if halt or signals:  # the latter: while the last epoch was evaluated
+        say(f"stopped after step {done} of {steps}; the same command goes on from there")
+        raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    about |= {"method": "simclr", "image_size": size, "data": args.data}
+    if accelerator.is_main_process:
+        common.save_encoder(out / "encoder.safetensors", encoder, **about)
     rows = [{"features": "simclr", "kNN": rows[-1]["knn"]}]
-    if size <= 64:
+    if max(data.images.shape[2:]) <= 64:
         torch.manual_seed(args.seed)
-        untrained = common.build_encoder(args.arch, stem).to(device)
-        rows = common.compare({"simclr": encoder, "random": untrained}, bank, test, size, args.seed)
+        encoders = {"simclr": encoder, "random": common.build_encoder(args.arch, stem).to(device)}
+        rows = common.compare(encoders, bank, test, size, args.seed)
     say(f"test accuracy in percent:\n{common.table(rows)}\n"
         f"more: python linear_eval.py {out}/encoder.safetensors --data {args.data}")
     if accelerator.is_main_process:
-        common.save_encoder(out / "encoder.safetensors", encoder, method="simclr", data=args.data,
-                            architecture=args.arch, stem=stem, image_size=size)
         with common.written_aside(out / "results.json") as aside:
             aside.write_text(json.dumps(rows, indent=1))
     accelerator.end_training()

@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+os.environ["ACCELERATE_USE_CPU"] = "true"  # also where there is a GPU: the tests are exact
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 

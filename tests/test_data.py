@@ -158,7 +158,11 @@ def test_bad_folders_are_refused_in_one_line(tmp_path, capsys):
     (folder / "train" / "both" / "0.png").write_bytes(whole[: len(whole) // 2])
     fails(capsys, folder, "both/0.png", "cannot be read")
     (folder / "train" / "both" / "0.png").write_bytes(b"no image")
+    (folder / "train" / "both" / "1.png").write_bytes(b"nor this")
     fails(capsys, folder, "both/0.png", "cannot be read")
+    deep = Image.fromarray(np.full((12, 12), 40000, np.uint16))
+    deep.save(folder / "train" / "both" / "0.png")
+    fails(capsys, folder, "both/0.png", "8 bits")
 
 
 def test_sets_beyond_memory_are_refused(folder, capsys, monkeypatch):

@@ -140,7 +140,8 @@ def test_an_encoder_that_changes_is_noticed(folder):
 
 @pytest.mark.parametrize("more", [
     ["--knn-k", "49", "--protocol", "knn"], ["--knn-k", "0"], ["--knn-temperature", "0"],
-    ["--labels", "17"], ["--labels", "0"], ["--seeds", "0"], ["--limit", "-1"],
+    ["--labels", "17"], ["--labels", "0"], ["--seeds", "0"], ["--limit", "-1"], ["--limit", "1"],
+    ["--features", "nowhere/f.npz"],
     ["--image-size", "0"], ["--batch-size", "0"], ["--workers", "0"], ["--data", "cifar11"],
     ["--protocol", "finetune"], ["--arch", "vgg"], ["--stem", "5x5"], ["--seed", "1"],
 ], ids=lambda more: "".join(more))
@@ -155,6 +156,8 @@ def test_bad_files_are_refused_in_one_line(encoder, folder, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     argv = [encoder, "--protocol", "knn", "--out"]
     assert "file" in refused(capsys, main, [*argv, tmp_path / "file"])
+    (encoder.parent / "eval.json").write_text('{"mine": 1}')
+    assert "eval" in refused(capsys, main, [encoder, "--protocol", "knn"])
     (encoder.parent / "eval.json").write_text("not json")
     assert "eval" in refused(capsys, main, [encoder, "--protocol", "knn"])
     assert (encoder.parent / "eval.json").read_text() == "not json"

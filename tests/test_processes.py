@@ -64,7 +64,15 @@ def test_simclr_on_two_processes_leaves_one_run_that_goes_on(folder, tmp_path):
     assert code == 0 and text.count("top-1") == 2, err
     alone = common.load_encoder(encoder)[0]
     _, bank, test = common.load_splits(str(folder), "nowhere", None, torch.device("cpu"), 1)
-    assert f"top-1 {common.knn_accuracy(alone, bank, test, 12):.2f}" in text
+    knn = common.knn_accuracy(alone, bank, test, 12)
+    assert f"top-1 {knn:.2f}" in text
+    assert metrics(out)[-1]["knn"] == pytest.approx(knn)  # though each process has its own BN
+
+
+def test_bad_data_is_one_line_on_two_processes(folder, tmp_path):
+    argv = ["--data", tmp_path / "missing", "--out", tmp_path / "run", *TINY]
+    code, _, err = finish(command("simclr.py", *argv, processes=2))
+    assert code != 0 and err.count("error: --data") == 1 and "simclr.py\", line" not in err
 
 
 def test_a_batch_that_processes_cannot_share_is_refused_once(folder, tmp_path):

@@ -315,7 +315,7 @@ def test_an_interrupted_run_ends_bit_identical(uninterrupted, folder, tmp_path, 
     out = tmp_path / "run"
     argv = ["--data", folder, "--out", out, *TINY, *LONGER]
     process = command("simclr.py", *argv)
-    while not (out / "metrics.jsonl").exists() and process.poll() is None:
+    while not (out / "checkpoint.pt").exists() and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(number)
     code, text, err = finish(process)
@@ -431,6 +431,7 @@ def test_a_collapsed_embedding_is_warned_of(folder, tmp_path, capsys, more, warn
     ["--epochs", "0"], ["--epochs", "-1"], ["--epochs", "many"], ["--batch-size", "0"],
     ["--batch-size", "1"], ["--batch-size", "28"], ["--temperature", "0"], ["--lr", "0"],
     ["--lr", "-1"], ["--lr", "inf"], ["--lr", "nan"], ["--weight-decay", "-1"], ["--seed", "-1"],
+    ["--seed", "9" * 20],
     ["--image-size", "0"], ["--limit", "0"], ["--limit", "-5"], ["--hidden", "0"], ["--dim", "0"],
     ["--max-steps", "0"], ["--warmup-epochs", "-1"], ["--crop-scale", "0"], ["--crop-scale", "1.5"],
     ["--color-strength", "-1"], ["--eval-every", "0"], ["--workers", "0"], ["--head-layers", "4"],
@@ -457,6 +458,45 @@ def test_an_out_that_cannot_be_a_run_is_refused(folder, tmp_path, capsys):
     assert "file" in refused(capsys, simclr.main, [*argv, tmp_path / "file" / "run"])
     assert str(tmp_path) in refused(capsys, simclr.main, [*argv, tmp_path])
     assert (tmp_path / "file").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("config.json", b"[]"), ("config.json", b"{"), ("config.json", None), ("checkpoint.pt", b"PK"),
+    ("results.json", b"[{"),
+])
+def test_a_damaged_run_is_refused_in_one_line(folder, tmp_path, capsys, name, content):
+    out = run(folder, tmp_path / "run", "--max-steps", 1)
+    if name != "results.json":
+        (out / "results.json").unlink()
+    (out / name).unlink() if content is None else (out / name).write_bytes(content)
+    argv = ["--data", folder, "--out", out, *TINY, "--max-steps", 1]
+    capsys.readouterr()
+    assert "no folder of a run" in refused(capsys, simclr.main, argv)
+
+
+def test_going_on_mends_the_metrics_and_keeps_the_first_config(folder, tmp_path):
+    out = run(folder, tmp_path / "run")
+    rows, config = metrics(out), json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"torch": "2.6.0"}))
+    (out / "results.json").unlink()
+    run(folder, out)
+    assert metrics(out) == rows
+    assert json.loads((out / "config.json").read_text())["torch"] == "2.6.0"
+
+
+def test_a_signal_during_the_last_evaluation_stops_before_the_table(folder, tmp_path, monkeypatch):
+    real = common.knn_accuracy
+
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(common, "knn_accuracy", signalled)
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as exit_:
+        run(folder, out, "--eval-every", 9)
+    assert exit_.value.code == 128 + signal.SIGTERM and checkpoint(out)["step"] == 12
+    assert not (out / "results.json").exists()
 
 
 def test_bfloat16_trains_float32_weights(folder, tmp_path, monkeypatch):
