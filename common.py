@@ -129,16 +129,16 @@ class ColorJitter(NamedTuple):
 
     def __call__(self, x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
         """factors [B, 4]: three around 1 and the hue's shift; order [B, 4]: their permutation."""
-        factors = beside(x, factors)
+        x, factors = x.clone(), beside(x, factors)  # from here in place: allocations cost most
         for turn in order.unbind(1):
-            # The first three mix the image with something grey: black, its mean, its luma.
-            kind, grey = beside(x, turn)[:, None, None, None], TF.rgb_to_grayscale(x, 1)
-            grey = torch.where(kind == 1, grey.mean((2, 3), keepdim=True), grey * (kind != 0))
-            factor = factors.gather(1, kind[:, 0, 0])[..., None, None].masked_fill(kind == 3, 1)
-            x, before = torch.lerp(grey, x, factor).clamp_(0, 1), x
             i = beside(x, (turn == 3).nonzero()[:, 0])
-            if self.hue and x.shape[1] == 3:
-                x[i] = self.shift_hue(before[i], factors[i, 3, None, None])
+            hue = self.shift_hue(x[i], factors[i, 3, None, None]) if x.shape[1] == 3 else x[i]
+            # The others mix the image with something grey: black, its mean, its luma.
+            kind, grey = beside(x, turn)[:, None, None, None], TF.rgb_to_grayscale(x, 1)
+            mean = grey.mean((2, 3), keepdim=True) * (kind == 1)
+            grey = grey.mul_(kind == 2).add_(mean)
+            factor = factors.gather(1, kind[:, 0, 0])[..., None, None]
+            x.sub_(grey).mul_(factor).add_(grey).clamp_(0, 1)[i] = hue
         return x
 
     @staticmethod
