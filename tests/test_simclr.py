@@ -499,7 +499,7 @@ def test_a_signal_during_the_last_evaluation_stops_before_the_table(folder, tmp_
     assert not (out / "results.json").exists()
 
 
-def test_bfloat16_trains_float32_weights(folder, tmp_path, monkeypatch):
+def test_bfloat16_trains_float32_weights(plain, folder, tmp_path, monkeypatch):
     # What `accelerate launch --mixed_precision bf16` sets.
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     argv = ["--data", folder, "--out", tmp_path / "run", *TINY]
@@ -509,6 +509,8 @@ def test_bfloat16_trains_float32_weights(folder, tmp_path, monkeypatch):
     assert all(v.dtype == torch.float32 for v in state["model"].values() if v.is_floating_point())
     settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
     assert settings["mixed_precision"] == "bf16" and metrics(tmp_path / "run")[1]["loss"] < 4
+    exact, rounded = (metrics(run)[0]["loss"] for run in (plain, tmp_path / "run"))
+    assert 1e-5 < abs(exact - rounded) < 0.3  # it did compute in bfloat16
 
 
 def test_spread_is_one_on_the_sphere():
