@@ -1,38 +1,41 @@
 """Data and evaluation for the scripts beside it. Loss, head, optimiser, schedule, loop and
 checkpoint stand in each script."""
 
+import hashlib
 import math
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 import torchvision
 from accelerate import PartialState
-from accelerate.utils import broadcast, gather, tqdm
+from accelerate.utils import broadcast, gather, gather_object, tqdm
 from PIL import Image, ImageOps
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms.v2 import functional as TF
-from torchvision.utils import save_image
 
 MEMORY_LIMIT = 8 * 2**30  # bytes of uint8 images that may lie on the device
-SETS = ("fashion-mini", "mnist", "fashionmnist", "cifar10", "cifar100", "stl10")
+SETS = {"fashion-mini": "FashionMNIST", "mnist": "MNIST", "fashionmnist": "FashionMNIST",
+        "cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}  # torchvision's names
 ARCHITECTURES = ("small", "resnet18", "resnet34", "resnet50")
+Recipes = Sequence[tuple[int, Sequence]]  # pairs: number of views V, their operations, a crop first
 
 
-def fail(message: str) -> NoReturn:
-    """Stop for what a user can mend: one line on stderr (one a machine), exit code 2."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+def fail(message: str, alone: bool = False) -> NoReturn:
+    """Stop for what a user can mend: one line on stderr (one a machine, or `alone`), code 2."""
+    if alone or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
@@ -45,7 +48,6 @@ def written_aside(path: str | Path) -> Iterator[Path]:
     aside.replace(path)
 
 
-# ------------------------------------------------------------------------------------- randomness
 def generator(*key: int) -> torch.Generator:
     """A CPU generator that is a function of non-negative integers, such as (seed, epoch, step)."""
     key = (len(key), *key)  # the length goes in: SeedSequence takes (1, 2) and (1, 2, 0) for one
@@ -54,9 +56,9 @@ def generator(*key: int) -> torch.Generator:
 
 
 # ------------------------------------------------------------------------------- image operations
-# On x [B, C, H, W], float32 in 0..1, C 1 or 3. `draw(n, rng)` gives the parameters of n images, a
-# tuple of CPU tensors with n rows, distributed as in torchvision's transform of the same name; an
-# operation called with rows of them gives what torchvision.transforms.v2.functional gives.
+# On x [B, C, H, W], float32 in 0..1, C 1 or 3. draw(n, rng) gives the parameters of n images, CPU
+# tensors of n rows, distributed as in torchvision's transform of the same name; with rows of them
+# an operation gives what torchvision.transforms.v2.functional gives.
 def beside(x: Tensor, v: Tensor) -> Tensor:
     """v on the device of x; a CUDA device is not waited for."""
     return v.to(x.device, non_blocking=x.is_cuda)
@@ -112,6 +114,24 @@ class RandomResizedCrop(NamedTuple):
         columns = torch.where(beside(x, flip)[:, None, None], columns.flip(1), columns)
         x = x.float().div_(255) if x.dtype == torch.uint8 else x
         return rows[:, None] @ (x.flatten(1, 2) @ columns.mT).unflatten(1, x.shape[1:3])
+
+    def cut(self, image: Tensor, u: Tensor, flip: Tensor) -> Tensor:
+        """The same by torchvision: image [3, H, W], V rows → [V, 3, size, size], all uint8."""
+        boxes = self.boxes(u, *image.shape[1:]).tolist()
+        crops = [TF.resized_crop(image, *box, [self.size] * 2) for box in boxes]
+        return torch.stack([v.flip(2) if f else v for v, f in zip(crops, flip, strict=True)])
+
+
+class CentreCrop(NamedTuple):
+    """The middle square, resized; above 64 pixels, as usual, of 224/256 of the shorter side."""
+    size: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., H, W] → [..., size, size] of its type."""
+        side = round(min(x.shape[-2:]) * (1 if self.size <= 64 else 224 / 256))
+        return TF.resize(TF.center_crop(x, [side]), [self.size] * 2)
+
+    cut = __call__
 
 
 class ColorJitter(NamedTuple):
@@ -191,69 +211,156 @@ class RandomApply(NamedTuple):
 # ------------------------------------------------------------------------------------------- data
 @dataclass
 class ImageSet:
-    """Images [N, C, H, W] uint8, on the device, C 1 (grey) or 3, and labels [N] (-1: none)."""
-    images: Tensor
+    """Images: uint8 [N, C, H, W] on the device, C 1 (grey) or 3, or paths of files of any sizes,
+    which `workers` processes read anew each time, ahead of use. Labels [N], -1: none."""
+    images: Tensor | np.ndarray
     labels: Tensor
+    classes: Sequence[str] = ()  # their names
+    fingerprint: str = ""  # another where the list of files is another
+    device: torch.device | None = None  # for what is read from files
+    workers: int = 1
+    waited: float = 0.0  # seconds so far that the next step's files were not ready
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def crops(self, index: Tensor, crop: RandomResizedCrop, *drawn: Tensor) -> Tensor:
-        """Crops [n, C, size, size] float32 of the images index [n], as crop.draw gave them."""
-        return crop(self.images[beside(self.images, index)], *drawn)
+    @property
+    def side(self) -> int:
+        """The default size of views: the first image's shorter side, at most 224."""
+        first = self.images[0]
+        return min(224, *(first if isinstance(first, Tensor) else read_image(first)).shape[1:])
+
+    def take(self, index: Tensor) -> "ImageSet":
+        """The images index [n] as a set."""
+        return replace(self, images=self.images[index], labels=self.labels[index])
 
     def centres(self, index: Tensor, size: int) -> Tensor:
-        """The largest middle squares of the images index [n] → [n, 3, size, size] float32."""
-        x = self.images[beside(self.images, index)].float().div_(255)
-        return TF.resize(TF.center_crop(x, min(x.shape[2:])), size).expand(-1, 3, -1, -1)
+        """The middle squares of the images index [n] → [n, 3, size, size] float32."""
+        loaded = self.load([(1, [CentreCrop(size)])], lambda _: (index, [[()]]), [0])
+        return next(loaded)[2][0].expand(-1, 3, -1, -1)
+
+    def load(self, recipes: Recipes, plan: Callable[[int], tuple],
+             steps: Sequence[int]) -> Iterator[tuple]:
+        """Of each step index [B] and drawn, as `plan` gives them, and by recipe the crops [V·B, C,
+        size, size] float32. drawn: by recipe and operation, its parameters. Bad file: fail()."""
+        if isinstance(self.images, Tensor):
+            for index, drawn in map(plan, steps):
+                views = [crop(self.images[beside(self.images, index.repeat(count))], *first) for (
+                    count, (crop, *_)), (first, *_) in zip(recipes, drawn, strict=True)]
+                yield index, drawn, [v if v.dtype == torch.float else v / 255 for v in views]
+            return
+        cuda, processes = self.device.type == "cuda", PartialState().num_processes
+        loader = iter(torch.utils.data.DataLoader(
+            steps, None, collate_fn=partial(_read_crops, self.images, recipes, plan),
+            num_workers=min(self.workers, len(steps) - 1), pin_memory=cuda))
+        for step in steps:
+            self.waited -= time.monotonic()
+            try:
+                views = next(loader)
+            except RuntimeError as error:  # workers died: of memory, mostly
+                views = f"reading failed ({str(error).splitlines()[0]}): take fewer --workers"
+            self.waited += time.monotonic()
+            wrong = views if isinstance(views, str) else ""
+            if processes > 1 and not cuda:  # there it would wait for the device
+                wrong = max(gather_object([wrong]))
+            if wrong:
+                fail(wrong, alone=cuda)
+            views = [v.to(self.device, non_blocking=True).float().div_(255) for v in views]
+            yield *plan(step), views
+
+
+def _read_crops(paths: np.ndarray, recipes: Recipes, plan: Callable[[int], tuple],
+                step: int) -> list[Tensor] | str:
+    """A step's crops as uint8, each file decoded once; or a line that says what is wrong."""
+    if torch.utils.data.get_worker_info():  # the script ends its workers, no signal does
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+    index, drawn = plan(step)
+    n, crops = len(index), [(count, operations[0]) for count, operations in recipes]
+    views = [torch.empty(v * n, 3, c.size, c.size, dtype=torch.uint8) for v, c in crops]
+    for i, path in enumerate(paths[index]):
+        try:
+            image = read_image(path)
+        except OSError as error:
+            return str(error)
+        for (_, crop), (first, *_), out in zip(crops, drawn, views, strict=True):
+            out[i::n] = crop.cut(image, *(v[i::n] for v in first))
+    return views
+
+
+def read_image(path: str) -> Tensor:
+    """A file, turned as its EXIF says → RGB [3, H, W] uint8; OSError: a line with its name."""
+    try:
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":
+                raise ValueError("it has more than 8 bits a channel")
+            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except Exception as error:  # Pillow raises nearly everything on a damaged file
+        raise OSError(f"{path} cannot be read ({error}): mend or remove it") from None
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def load_splits(data: str, root: str, limit: int | None, device: torch.device,
-                workers: int) -> tuple[ImageSet, ImageSet, ImageSet]:
-    """A set by name, or a folder with train/ and val/ or test/ that hold a folder a class.
-
-    → images to pretrain on (stl10: unlabelled, else the next), labelled training images, and test
-    images, which `limit` (the first so many of a fixed shuffle) spares. What is missing: fail().
+                workers: int | None = None, stream: bool = False) -> tuple[ImageSet | None, ...]:
+    """A set by name; a folder with train and val or test, which hold a folder a class; or a folder
+    with images, without classes. → images to pretrain on (stl10: unlabelled, else the next),
+    labelled training images, test images (these spared by `limit`, the first so many of a fixed
+    shuffle); without classes the last two are None. Files of one size that fit into memory are read
+    at once, unless `stream`. What is missing: fail().
     """
+    workers = workers or min(16, -(-os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
     def load(split: str) -> ImageSet:
-        with PartialState().local_main_process_first() if data in SETS else nullcontext():
-            images, labels = _named(data, split, root) if data in SETS else _folder(data, split)
-        index = torch.arange(len(images))
+        named = data in SETS
+        with PartialState().local_main_process_first() if named else nullcontext():
+            images, labels, classes = _named(data, split, root) if named else _folder(data, split)
+        found = ImageSet(images, torch.as_tensor(labels).long(), classes, "", device, workers)
         if limit and split != "test":
-            index = torch.randperm(len(images), generator=generator(0))[:limit]
-        files = isinstance(images, list)
-        pixels = _decode([images[i] for i in index], workers) if files else images[index]
-        return ImageSet(torch.as_tensor(pixels).to(device), torch.as_tensor(labels)[index].long())
+            found = found.take(torch.randperm(len(found), generator=generator(0))[:limit])
+        found.fingerprint = f"{len(found)} images"
+        if not named:
+            names = "\n".join(found.images).encode()
+            found.fingerprint += f" ({hashlib.sha256(names).hexdigest()[:8]})"
+            found.images = _decode(found.images, workers, stream)
+        if named or isinstance(found.images, Tensor):
+            found.images = torch.as_tensor(found.images).to(device)
+        return found
 
+    if data not in SETS and not any(Path(data, name).is_dir() for name in ("train", "val", "test")):
+        return load("all"), None, None
     bank = load("train")
     return load("unlabeled") if data == "stl10" else bank, bank, load("test")
 
 
-def _named(name: str, split: str, root: str) -> tuple[np.ndarray, Sequence[int]]:
-    sets = torchvision.datasets
+def _named(name: str, split: str, root: str) -> tuple[np.ndarray, Sequence[int], Sequence[str]]:
+    kind = getattr(torchvision.datasets, SETS[name])
     try:
         if name == "fashion-mini":
             with np.load(Path(__file__).resolve().parent / "data" / "fashion-mini.npz") as file:
-                return file[f"{split}_images"][:, None], file[f"{split}_labels"]
-        if name == "stl10":
-            images = sets.STL10(root, split, download=True)
-            return images.data, images.labels
-        kind = {"mnist": "MNIST", "fashionmnist": "FashionMNIST"}.get(name, name.upper())
-        images = getattr(sets, kind)(root, split == "train", download=True)
+                return file[f"{split}_images"][:, None], file[f"{split}_labels"], kind.classes
+        images = kind(root, split if name == "stl10" else split == "train", download=True)
     except Exception as error:  # of the network, or of damaged files
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         fail(f"{name} is neither here nor to be downloaded ({reason}): copy its files, or take "
              f"another --data: {', '.join(SETS)} or a folder")
     pixels = np.asarray(images.data)
-    return pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2), images.targets
+    if name == "stl10":
+        return pixels, images.labels, images.classes
+    pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
+    return pixels, images.targets, images.classes
 
 
-def _folder(data: str, split: str) -> tuple[list[str], Sequence[int]]:
+def _folder(data: str, split: str) -> tuple[np.ndarray, Sequence[int], Sequence[str]]:
+    if split == "all":
+        kinds = torchvision.datasets.folder.IMG_EXTENSIONS
+        files = sorted(str(p) for p in Path(data).rglob("*") if p.suffix.lower() in kinds)
+        if not files:
+            fail(f"--data {data} is neither one of {', '.join(SETS)} nor a folder with images")
+        return np.array(files), [-1] * len(files), ()
     parts = [p for p in (Path(data, name) for name in ("train", "val", "test")) if p.is_dir()]
     if len(parts) < 2 or parts[0].name != "train":
-        fail(f"--data {data} is neither one of {', '.join(SETS)} nor a folder with a folder train "
-             "and a folder val or test, which hold a folder a class")
+        fail(f"--data {data} needs a folder train and a folder val or test, which hold a folder a "
+             "class (or none of the three, to train on images without classes)")
     try:
         train, test = (torchvision.datasets.ImageFolder(part) for part in parts[:2])
     except OSError as error:  # no class folder, or one without an image: it says which
@@ -261,59 +368,55 @@ def _folder(data: str, split: str) -> tuple[list[str], Sequence[int]]:
     if odd := sorted({*train.classes} ^ {*test.classes}):
         fail(f"{data}: these class folders are not in both splits: {', '.join(odd[:10])}")
     images = test if split == "test" else train
-    return [path for path, _ in images.samples], images.targets
+    return np.array([path for path, _ in images.samples]), images.targets, images.classes
 
 
-def _decode(paths: list[str], workers: int) -> Tensor:  # → [N, 3, H, W] uint8
-    def read(path: str) -> Tensor:
-        try:
-            with Image.open(path) as image:
-                if image.mode[0] in "IF":
-                    raise ValueError("it has more than 8 bits a channel")
-                pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-        except Exception as error:  # Pillow raises nearly everything on a damaged file
-            raise OSError(f"{path} cannot be read ({error}): mend or remove it") from None
-        return torch.from_numpy(pixels).permute(2, 0, 1)
-
+def _decode(paths: np.ndarray, workers: int, stream: bool) -> Tensor | np.ndarray:
+    """[N, 3, H, W] uint8; or the paths: to be streamed, of several sizes, or too many."""
+    pool = ThreadPoolExecutor(workers)
     try:
-        first = read(paths[0])
-        if len(paths) * first.numel() > MEMORY_LIMIT:
-            fail(f"{len(paths)} images like {paths[0]} are over {MEMORY_LIMIT >> 30} GiB: --limit")
+        first = read_image(paths[0])
+        if stream or len(paths) * first.numel() > MEMORY_LIMIT:
+            return paths
         pixels = torch.empty(len(paths), *first.shape, dtype=torch.uint8)
-        with ThreadPoolExecutor(workers) as pool:
-            bar = tqdm(paths, desc="decoding", disable=not sys.stderr.isatty())
-            for path, image, target in zip(bar, pool.map(read, paths), pixels, strict=True):
-                if image.shape != first.shape:
-                    fail(f"{path} and {paths[0]} differ in size: bring the images to one size")
-                target.copy_(image)
+        images, quiet = pool.map(read_image, paths), not sys.stderr.isatty()
+        for i, image in enumerate(tqdm(images, "decoding", len(paths), disable=quiet)):
+            if image.shape != first.shape:
+                return paths
+            pixels[i] = image
+        return pixels
     except OSError as error:
         fail(str(error))
-    return pixels
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def batches(data: ImageSet, recipes: Sequence[tuple[int, Sequence]], batch_size: int, seed: int,
-            start: int, stop: int) -> Iterator[tuple[int, Tensor, list[Tensor]]]:
+def draw(images: int, recipes: Recipes, B: int, seed: int, rows: Tensor,
+         step: int) -> tuple[Tensor, list[list[list[Tensor]]]]:
+    """A step's index [B] and, by recipe and operation, parameters: rows [B] of the whole batch."""
+    epoch, i = divmod(step, images // B)
+    rng, drawn = generator(seed, epoch, i), []
+    for count, operations in recipes:
+        drawn.append([[v.unflatten(0, (count, B))[:, rows].flatten(0, 1)
+                       for v in operation.draw(count * B, rng)] for operation in operations])
+    return torch.randperm(images, generator=generator(seed, epoch))[i * B + rows], drawn
+
+
+def batches(data: ImageSet, recipes: Recipes, batch_size: int, seed: int, start: int,
+            stop: int) -> Iterator[tuple[int, Tensor, list[Tensor]]]:
     """The steps `start` to `stop` - 1 of a training run: this process's rows of shuffled batches.
 
-    recipes: pairs (number of views, operations, the crop first); batch_size: of all processes; an
-    epoch's smaller last batch is left out. Yields the step, the images' index [B] and for each
-    recipe [V, B, 3, size, size]. All is drawn for the whole batch from (seed, epoch, step).
+    batch_size: of all processes; an epoch's smaller last batch is left out. Yields the step, the
+    images' index [B] and by recipe [V, B, 3, size, size], drawn from (seed, epoch, step).
     """
-    state, order = PartialState(), None
+    state, steps = PartialState(), range(start, stop)
     rows = torch.arange(batch_size).chunk(state.num_processes)[state.process_index]
-    for step in range(start, stop):
-        epoch, i = divmod(step, len(data) // batch_size)
-        if order is None or i == 0:
-            order = torch.randperm(len(data), generator=generator(seed, epoch))
-        rng, index, views = generator(seed, epoch, i), order[i * batch_size + rows], []
-        for count, operations in recipes:
-            x = None
-            for operation in operations:
-                drawn = operation.draw(count * batch_size, rng)
-                drawn = [v.unflatten(0, (count, -1))[:, rows].flatten(0, 1) for v in drawn]
-                x = operation(x, *drawn) if x is not None else data.crops(
-                    index.repeat(count), operation, *drawn)
-            views.append(x.expand(-1, 3, -1, -1).unflatten(0, (count, -1)))
+    plan = partial(draw, len(data), recipes, batch_size, seed, rows)
+    for step, (index, drawn, views) in zip(steps, data.load(recipes, plan, steps), strict=True):
+        for i, (count, operations) in enumerate(recipes):
+            for operation, parameters in zip(operations[1:], drawn[i][1:], strict=True):
+                views[i] = operation(views[i], *parameters)
+            views[i] = views[i].expand(-1, 3, -1, -1).unflatten(0, (count, -1))
         yield step, index, views
 
 
@@ -323,7 +426,8 @@ def build_encoder(architecture: str, stem: str = "7x7") -> nn.Module:
     "3x3" without max-pooling (SimCLR, B.9), or "small", five convolutions."""
     if architecture == "small":
         widths = ((3, 32), (32, 32), (32, 64), (64, 128), (128, 256))
-        layers = [Conv2dNormActivation(*w, 3, 2 - i % 2) for i, w in enumerate(widths)]
+        block = torchvision.ops.Conv2dNormActivation
+        layers = [block(*w, 3, 2 - i % 2) for i, w in enumerate(widths)]
         encoder = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         encoder.width = widths[-1][1]
         return encoder
@@ -340,13 +444,13 @@ def save_encoder(path: str | Path, encoder: nn.Module, **metadata: object) -> No
     """Weights as safetensors under torchvision's names, with the metadata as strings."""
     weights = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
     with written_aside(path) as aside:
-        save_file(weights, aside, {k: str(v) for k, v in metadata.items()})
+        safetensors.torch.save_file(weights, aside, {k: str(v) for k, v in metadata.items()})
 
 
 def load_encoder(path: str | Path) -> tuple[nn.Module, dict[str, str]]:
     """The encoder of a file that save_encoder wrote, and its metadata; another file: fail()."""
     try:
-        with safe_open(path, "pt") as file:
+        with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         encoder = build_encoder(metadata["architecture"], metadata["stem"])
@@ -357,15 +461,18 @@ def load_encoder(path: str | Path) -> tuple[nn.Module, dict[str, str]]:
 
 
 @torch.no_grad()
-def extract_features(encoder: nn.Module, data: ImageSet, size: int, batch: int = 512) -> Tensor:
+def extract_features(encoder: nn.Module, data: ImageSet, size: int, batch: int = 256) -> Tensor:
     """h [N, D] float32 of the images' centres, by the encoder in eval mode, on all processes."""
     state, training = PartialState(), encoder.training
     share = -(-len(data) // state.num_processes)
     # The last process repeats the last image; what it repeated is cut off after gathering.
     index = (state.process_index * share + torch.arange(share)).clamp(max=len(data) - 1)
-    x = (data.centres(i, size) for i in index.split(batch))
+    plan = [(i, [[()]]) for i in index.split(batch)]
+    x = data.load([(1, [CentreCrop(size)])], plan.__getitem__, range(len(plan)))
+    bar = tqdm(x, "features", len(plan), leave=False, disable=not sys.stderr.isatty())
     broadcast([*encoder.eval().buffers()])  # on CPUs each process has BN statistics of its own
-    h = [encoder(v.contiguous(memory_format=torch.channels_last)).float() for v in x]
+    h = [encoder(v.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)).float()
+         for _, _, (v,) in bar]
     encoder.train(training)
     return gather(torch.cat(h))[: len(data)]
 
@@ -382,16 +489,11 @@ def knn_predict(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int, temp
     if not 1 <= k <= len(bank):
         raise ValueError(f"k = {k} does not fit a bank of {len(bank)}")
     num_classes = num_classes or int(bank_labels.max()) + 1
-    bank_labels, scores = bank_labels.to(bank.device), []
-    for q in F.normalize(queries, dim=1).split(1024):
-        cosine, label = q.new_empty(len(q), 0), bank_labels.new_empty(len(q), 0)
-        for part, y in zip(bank.split(2**16), bank_labels.split(2**16), strict=True):
-            new, i = (q @ F.normalize(part, dim=1).T).topk(min(k, len(part)), dim=1)
-            cosine, label = torch.cat([cosine, new], 1), torch.cat([label, y[i]], 1)
-            cosine, i = cosine.topk(min(k, cosine.shape[1]), dim=1)
-            label = label.gather(1, i)
+    bank_labels, lengths, scores = bank_labels.to(bank.device), bank.norm(dim=1).clamp(1e-12), []
+    for q in F.normalize(queries, dim=1).split(max(1, 2**28 // len(bank))):  # 1 GiB of cosines
+        cosine, i = (q @ bank.T).div_(lengths).topk(k, dim=1)
         weight = (cosine / temperature).softmax(1)
-        scores.append(q.new_zeros(len(q), num_classes).scatter_add_(1, label, weight))
+        scores.append(q.new_zeros(len(q), num_classes).scatter_add_(1, bank_labels[i], weight))
     return torch.cat(scores)
 
 
@@ -446,13 +548,11 @@ def accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
     return 100 * (top == labels.to(top.device)[:, None]).any(1).float().mean().item()
 
 
-def some_of_each(labels: Tensor, n: int, rng: torch.Generator) -> Tensor:
-    """Indices of n random images of each class; ValueError where one has fewer."""
-    order, counts = torch.randperm(len(labels), generator=rng), labels.bincount()
-    if counts.min() < n:
-        raise ValueError(f"{n} labels a class: one has only {int(counts.min())} images")
-    order = order[labels[order].argsort(stable=True)].split(counts.tolist())
-    return torch.cat([part[:n] for part in order])
+def some_of_each(labels: Tensor, n: float, rng: torch.Generator) -> Tensor:
+    """Indices of n random images of each class, or (below 1) of that share of them."""
+    order = torch.randperm(len(labels), generator=rng)
+    order = order[labels[order].argsort(stable=True)].split(labels.bincount().tolist())
+    return torch.cat([part[: n if n >= 1 else max(1, round(n * len(part)))] for part in order])
 
 
 def knn_accuracy(encoder: nn.Module, bank: ImageSet, test: ImageSet, size: int) -> float:
@@ -469,10 +569,10 @@ def compare(encoders: dict[str, nn.Module], bank: ImageSet, test: ImageSet, size
     if bank.labels.bincount().min() >= 10:
         few = [some_of_each(bank.labels, 10, generator(seed, i)) for i in range(5)]
         draws[" (10 a class)"] = few
-    rows = [{"features": name} for name in (*encoders, "raw pixels")]
-    for row, encoder in zip(rows, [*encoders.values(), None], strict=True):
-        x, x_test = (extract_features(encoder, v, size) if encoder else v.images.flatten(1) / 255.0
-                     for v in (bank, test))
+    rows = []
+    for features, encoder in (encoders | {"raw pixels": nn.Flatten()}).items():
+        x, x_test = (extract_features(encoder, images, size) for images in (bank, test))
+        rows.append({"features": features})
         for name, indices in draws.items():
             hits = torch.zeros(2)
             for i in indices:
@@ -480,7 +580,7 @@ def compare(encoders: dict[str, nn.Module], bank: ImageSet, test: ImageSet, size
                 scores = knn_predict(x[i], y, x_test, min(20, len(i)), 0.07, classes)
                 logits, _ = linear_probe(x[i], y, x_test, classes, seed)
                 hits += torch.tensor([accuracy(v, test.labels) for v in (scores, logits)])
-            row[f"kNN{name}"], row[f"linear{name}"] = (hits / len(indices)).tolist()
+            rows[-1][f"kNN{name}"], rows[-1][f"linear{name}"] = (hits / len(indices)).tolist()
     return rows
 
 
@@ -493,7 +593,8 @@ def table(rows: Sequence[dict]) -> str:
 
 
 def save_pictures(path: Path, images: Tensor, columns: int) -> None:
-    """A grid of images [N, 3, S, S] in 0..1, small ones enlarged."""
-    images = F.interpolate(images.cpu(), scale_factor=max(1, 84 // images.shape[3]))
-    with written_aside(path) as aside:
-        save_image(images, aside, nrow=columns, pad_value=1)
+    """A grid of images [N, 3, S, S] in 0..1, small ones enlarged; by the main process."""
+    if PartialState().is_main_process:
+        images = F.interpolate(images.cpu(), scale_factor=max(1, 84 // images.shape[3]))
+        with written_aside(path) as aside:
+            torchvision.utils.save_image(images, aside, nrow=columns, pad_value=1)

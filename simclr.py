@@ -9,9 +9,8 @@ Norouzi and Hinton, ICML 2020, https://arxiv.org/abs/2002.05709).
     accelerate launch --mixed_precision bf16 simclr.py --data cifar10 --epochs 500
     accelerate launch --multi_gpu --num_processes 8 simclr.py --data FOLDER --batch-size 4096
 
-The same command again goes on with an interrupted run. Deviations: Eq. 1 is averaged over the 2N
-views (the authors' code returns twice that); the defaults are for small images; on CPUs each
-process has a BN of its own. README has the paper's commands and what was measured.
+The same command again goes on with an interrupted run. Deviations: the mean of Eq. 1 over 2N views
+(the authors' code: twice that); defaults for small images; on CPUs each process has its own BN.
 """
 
 import argparse
@@ -58,7 +57,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--data", default="fashion-mini", help=f"{', '.join(common.SETS)} or a folder")
     flag("--root", default="data", help="folder where torchvision's sets are or will be put")
     flag("--limit", type=int, help="train on the first so many images of a fixed shuffle")
-    flag("--image-size", type=int, help="side of the views in pixels (default: the images')")
+    flag("--stream", action="store_true", help="read image files anew each epoch, as if too many")
+    flag("--image-size", type=int, help="side of the views (default: the images', at most 224)")
     flag("--arch", choices=common.ARCHITECTURES, default="resnet18", help="encoder f")
     flag("--stem", choices=("3x3", "7x7"), help="first layer (default: 3x3 up to 64 pixels)")
     flag("--init", help="an encoder.safetensors to start from")
@@ -79,7 +79,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--weight-decay", type=float, default=1e-6, help="weight decay")
     flag("--seed", type=int, default=0, help="seed of the weights, batches and views")
     flag("--eval-every", type=int, default=5, help="epochs between kNN evaluations")
-    flag("--workers", type=int, default=os.cpu_count(), help="threads that decode image files")
+    flag("--workers", type=int, help="readers of files, of each process (default: cores, to 16)")
     flag("--out", help="folder of the run (default: runs/simclr-DATA)")
     flag("--log-with", choices=[*map(str, get_available_trackers())], help="an installed tracker")
     if p.parse_args(argv).data == "fashion-mini":
@@ -187,9 +187,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         fail("Accelerate runs one process, not several; CPU: ACCELERATE_USE_CPU=true torchrun ...")
     if device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ:
         torch.set_num_threads(os.cpu_count() // processes or 1)  # accelerate launch: one
-    data, bank, test = common.load_splits(args.data, args.root, args.limit, device, args.workers)
-    size = args.image_size or min(data.images.shape[2:])
-    stem = args.stem or ("3x3" if size <= 64 else "7x7")
+    data, bank, test = common.load_splits(
+        args.data, args.root, args.limit, device, args.workers, args.stream)
+    size = args.image_size = args.image_size or data.side
+    stem = args.stem = args.stem or ("3x3" if size <= 64 else "7x7")
     names = args.augment or OPERATIONS[: 4 if size > 64 else 3]
     recipe = augmentation(names, size, args.crop_scale, args.color_strength)
     if not 2 <= args.batch_size <= len(data) or args.batch_size % processes:
@@ -197,22 +198,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     epoch_steps = len(data) // args.batch_size
     steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
     warmup = min(round(args.warmup_epochs * epoch_steps), steps - 1)
-    settings = {"images": len(data), "mixed_precision": accelerator.mixed_precision,
-                **{k: v for k, v in vars(args).items() if k not in MAY_CHANGE}}
-    config = {"settings": settings, "device": str(device), "processes": processes,
+    settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
+    settings["mixed_precision"] = accelerator.mixed_precision
+    config = {"settings": settings, "images": data.fingerprint, "devices": f"{processes} {device}",
               **{p: version(p) for p in ("torch", "torchvision", "accelerate")}}
     try:
         out.mkdir(parents=True, exist_ok=True)
         old = json.loads((out / "config.json").read_text()) if any(out.glob("[!.]*")) else config
         if changed := [k for k in settings if old["settings"].get(k) != settings[k]]:
             fail(f"{out} holds a run with another {', '.join(changed)}: take another --out")
+        if old["images"] != data.fingerprint:
+            say(f"warning: the files changed: {old['images']}, now {data.fingerprint}; going on")
         results = (out / "results.json").exists() and json.loads((out / "results.json").read_text())
         state = (out / "checkpoint.pt").exists() and torch.load(
             out / "checkpoint.pt", map_location="cpu", weights_only=True)
         accelerator.wait_for_everyone()
-        if accelerator.is_main_process and old is config:
+        if accelerator.is_main_process and not results:
             with common.written_aside(out / "config.json") as aside:
-                aside.write_text(json.dumps(config, indent=1))
+                aside.write_text(json.dumps(old | {"images": data.fingerprint}, indent=1))
     except Exception as error:  # damaged files lead to nearly everything
         fail(f"--out {out} is no folder of a run, nor can it be made one ({error!r:.200})")
     if results:
@@ -249,8 +252,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     signals, halt = [], 0  # looked at between steps; launchers repeat one, the third ends the run
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda n, _: signals.append(n) or (signals[2:] and os._exit(128 + n)))
-    if args.log_with:
-        accelerator.init_trackers("simclr", {k: str(v) for k, v in settings.items()})
+    accelerator.init_trackers("simclr", {k: str(v) for k, v in settings.items()})
     N, chance = args.batch_size, math.log(2 * args.batch_size - 1)  # least: a simplex of N points
     least = math.log1p((2 * N - 2) * math.exp(-N / (N - 1) / args.temperature))
     broken = torch.tensor(-1, device=device)  # the first step whose loss is not finite
@@ -259,11 +261,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     stream = common.batches(data, [(2, recipe)], args.batch_size, args.seed, done, steps)
     bar = tqdm(stream, total=steps, initial=done, disable=not sys.stderr.isatty())
     for step, index, (views,) in bar:
-        if step == 0 and accelerator.is_main_process:
+        if step == 0:
             shown = torch.cat([data.centres(index[:8], size), *views[:, :8]])
             common.save_pictures(out / "views.png", shown, len(shown) // 3)
-        lr = learning_rate(step, steps, warmup, args.lr)
-        optimizer.param_groups[0]["lr"] = lr
+        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, warmup, args.lr)
         z = model(views.flatten(0, 1).contiguous(memory_format=torch.channels_last)).float()
         z1, z2 = gather(z.unflatten(0, (2, -1)).transpose(0, 1), accelerator).unbind(1)
         loss = nt_xent(z1, z2, args.temperature)
@@ -282,12 +283,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if nan:
             fail(f"the loss of step {int(broken)} is not finite: take a lower --lr, another --out")
         if epoch_ends:
-            seconds = (time.monotonic() - began) / (done - epoch_start)  # a step
+            seconds, n = time.monotonic() - began, done - epoch_start
             mean, spread, _ = (sums / sums[2]).tolist()
             row = {"epoch": step // epoch_steps + 1, "step": done, "loss": mean, "chance": chance,
-                   "bound": least, "spread": spread, "lr": lr, "images_per_s": round(N / seconds),
-                   "minutes_left": (steps - done) * seconds / 60}
-            if row["epoch"] % args.eval_every == 0 or done == steps:
+                   "bound": least, "spread": spread, "lr": lr, "images_per_s": n * N / seconds,
+                   "wait": data.waited / seconds, "minutes_left": (steps - done) / n * seconds / 60}
+            if bank and (row["epoch"] % args.eval_every == 0 or done == steps):
                 row["knn"] = common.knn_accuracy(encoder, bank, test, size)
             bar.clear()
             say(" · ".join(f"{k} {v:.4g}" for k, v in row.items()))
@@ -298,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows.append(row)
             accelerator.log(row, step=done)
             sums.zero_()
-            epoch_start, began = done, time.monotonic()
+            epoch_start, began, data.waited = done, time.monotonic(), 0.0
         if epoch_ends or halt or time.monotonic() - saved > 600:
             save()
             saved = time.monotonic()
@@ -311,16 +312,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     about |= {"method": "simclr", "image_size": size, "data": args.data}
-    if accelerator.is_main_process:
-        common.save_encoder(out / "encoder.safetensors", encoder, **about)
-    rows = [{"features": "simclr", "kNN": rows[-1]["knn"]}]
-    if max(data.images.shape[2:]) <= 64:
+    rows = [{"features": "simclr", "loss": rows[-1]["loss"], "kNN": rows[-1].get("knn", "-")}]
+    if bank and size <= 64:
         torch.manual_seed(args.seed)
         encoders = {"simclr": encoder, "random": common.build_encoder(args.arch, stem).to(device)}
         rows = common.compare(encoders, bank, test, size, args.seed)
     say(f"test accuracy in percent:\n{common.table(rows)}\n"
-        f"more: python linear_eval.py {out}/encoder.safetensors --data {args.data}")
+        f"more: python linear_eval.py {out}/encoder.safetensors")
     if accelerator.is_main_process:
+        common.save_encoder(out / "encoder.safetensors", encoder, **about)
         with common.written_aside(out / "results.json") as aside:
             aside.write_text(json.dumps(rows, indent=1))
     accelerator.end_training()
