@@ -117,8 +117,9 @@ def test_some_of_each_class():
     index = common.some_of_each(labels, 2, generator(4))
     assert labels[index].tolist() == [0, 0, 1, 1, 2, 2] and len(index.unique()) == 6
     assert not torch.equal(index, common.some_of_each(labels, 2, generator(5)))
-    with pytest.raises(ValueError, match="only 2"):
-        common.some_of_each(labels, 3, generator(4))
+    labels = torch.arange(3).repeat_interleave(torch.tensor([2, 20, 49]))
+    index = common.some_of_each(labels, 0.1, generator(4))  # at least one
+    assert labels[index].bincount().tolist() == [1, 2, 5] and len(index.unique()) == 8
 
 
 def test_top_k_accuracy():

@@ -1,15 +1,28 @@
-"""linear_eval.py: protocols, files and errors."""
+"""linear_eval.py: protocols, foreign checkpoints, files and errors."""
 
+import argparse
+import fcntl
 import json
+import os
+import pickle
+import pty
+import struct
+import subprocess
+import sys
+import termios
 
 import numpy as np
 import pytest
 import torch
-from conftest import refused
+from accelerate import Accelerator
+from conftest import ROOT, command, finish, refused, write_folder
 from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.transforms.v2 import functional as TF
 
 import common
-from linear_eval import frozen_features, main
+from linear_eval import FINETUNE, RECIPES, main, open_encoder, train
 
 
 @pytest.fixture
@@ -122,28 +135,29 @@ def test_stem_size_root_batch_and_workers(folder, tmp_path, monkeypatch):
     assert len(json.loads(file.read_text())) == 3
 
 
-def test_an_encoder_that_changes_is_noticed(folder):
-    _, bank, _ = common.load_splits(str(folder), "nowhere", None, torch.device("cpu"), 1)
-
-    class Drifts(torch.nn.Module):
+def test_an_encoder_that_changes_is_noticed(folder, tmp_path, monkeypatch):
+    class Drifts(nn.Flatten):
         def __init__(self):
             super().__init__()
             self.register_buffer("count", torch.zeros(1))
 
         def forward(self, x):
             self.count += 1
-            return x.flatten(1)
+            return super().forward(x)
 
+    monkeypatch.setattr(common, "build_encoder", lambda *_: Drifts())
     with pytest.raises(RuntimeError, match="count"):
-        frozen_features(Drifts(), [bank], 12, 16)
+        main(["random", "--data", str(folder), "--out", str(tmp_path / "out"), "--seeds", "1"])
 
 
 @pytest.mark.parametrize("more", [
     ["--knn-k", "49", "--protocol", "knn"], ["--knn-k", "0"], ["--knn-temperature", "0"],
-    ["--labels", "17"], ["--labels", "0"], ["--seeds", "0"], ["--limit", "-1"], ["--limit", "1"],
-    ["--features", "nowhere/f.npz"],
+    ["--labels", "17"], ["--labels", "0"], ["--labels", "1.5"], ["--labels", "many"],
+    ["--seeds", "0"], ["--limit", "-1"], ["--limit", "1"], ["--features", "nowhere/f.npz"],
     ["--image-size", "0"], ["--batch-size", "0"], ["--workers", "0"], ["--data", "cifar11"],
-    ["--protocol", "finetune"], ["--arch", "vgg"], ["--stem", "5x5"], ["--seed", "1"],
+    ["--protocol", "guess"], ["--arch", "vgg"], ["--stem", "5x5"], ["--seed", "1"],
+    ["--recipe", "byol"], ["--epochs", "0"], ["--lr", "nan"], ["--normalize", "mnist"],
+    ["--features", "f.npz", "--protocol", "finetune"],
 ], ids=lambda more: "".join(more))
 def test_bad_flags_are_refused_in_one_line(encoder, capsys, more):
     error = refused(capsys, main, [encoder, *more])
@@ -161,3 +175,316 @@ def test_bad_files_are_refused_in_one_line(encoder, folder, tmp_path, capsys):
     (encoder.parent / "eval.json").write_text("not json")
     assert "eval" in refused(capsys, main, [encoder, "--protocol", "knn"])
     assert (encoder.parent / "eval.json").read_text() == "not json"
+
+
+# --------------------------------------------------------------------- training on crops and flips
+def stripes(folder, labels=None):
+    bank = common.load_splits(str(folder), "nowhere", None, torch.device("cpu"), 1)[1]
+    return bank if labels is None else bank.take(common.some_of_each(bank.labels, labels,
+                                                                      common.generator(0)))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_linear_augmented_is_the_recipes_sgd_on_crops_and_flips(folder, name):
+    """Against SGD written out, on the features of torchvision's crops."""
+    recipe = RECIPES[name]  # at a rate that moves the layer, and a decay that is noticed
+    decay = 1e4 * recipe.weight_decay
+    recipe = recipe._replace(batch_size=16, epochs=4, lr=20, weight_decay=decay)
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Identity(), common.build_encoder("small"))
+    with torch.no_grad():  # statistics that eval mode must use
+        encoder.train()(torch.rand(32, 3, 12, 12) * 0.5)
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    data = stripes(folder)
+    net = train(encoder, data, 3, 12, recipe, True, 5, Accelerator())
+    assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
+
+    torch.manual_seed(5)
+    head = nn.Linear(256, 3)
+    w, v = [p.detach().clone() for p in head.parameters()], [0.0, 0.0]
+    crop, steps = common.RandomResizedCrop(12, (0.08, 1.0), flip=0.5), 4 * 3
+    for step in range(steps):
+        index, (((u, flip),),) = common.draw(48, [(1, [crop])], 16, 5, torch.arange(16), step)
+        x = torch.stack([TF.resized_crop(image / 255, *box, [12, 12], antialias=True)
+                         for image, box in zip(data.images[index], crop.boxes(u, 12, 12).tolist(),
+                                               strict=True)])
+        x = torch.where(flip[:, None, None, None], x.flip(3), x)
+        h = encoder.eval()(x).detach()
+        p = (h @ w[0].T + w[1]).softmax(1) - nn.functional.one_hot(data.labels[index], 3)
+        rate = {"moco": 0.1 ** sum(step >= round(d * steps) for d in (0.6, 0.8)),
+                "supcon": 0.2 ** sum(step >= round(d * steps) for d in (0.6, 0.75, 0.9))}.get(
+            name, 0.5 + 0.5 * np.cos(np.pi * step / steps)) * recipe.lr
+        for i, g in enumerate((p.T @ h / 16, p.mean(0))):
+            g = g + {"swav": 1e-2}.get(name, 0) * w[i]
+            v[i] = 0.9 * v[i] + g
+            w[i] = w[i] - rate * (g + 0.9 * v[i] if name == "simclr" else v[i])
+    torch.testing.assert_close(net[1].weight.detach(), w[0], atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(net[1].bias.detach(), w[1], atol=2e-4, rtol=1e-3)
+    assert (head.weight - w[0]).abs().max() > 0.01
+
+
+def test_recipes_are_the_papers():
+    assert {k: v[:5] for k, v in RECIPES.items()} == {
+        "moco": (30, 256, 100, 0, False), "swav": (0.3, 256, 100, 1e-6, False),
+        "simclr": (0.1, 256, 90, 0, True), "supcon": (5, 512, 100, 0, False)}
+    assert FINETUNE[:5] == (0.05, 256, 30, 0, True) and not FINETUNE.drops
+
+
+def test_finetuning_trains_every_weight_and_leaves_the_pretrained_ones(encoder, folder):
+    pretrained = nn.Sequential(nn.Identity(), common.load_encoder(encoder)[0])
+    start = {k: v.clone() for k, v in pretrained.state_dict().items()}
+    recipe = FINETUNE._replace(batch_size=6, epochs=3, lr=0.1)
+    net = train(pretrained, stripes(folder, 4), 3, 12, recipe, False, 0, Accelerator())
+    for name, value in net[0].state_dict().items():
+        if "num_batches" in name:
+            assert value == start[name] + 6  # BN in training mode, 2 steps an epoch
+        else:
+            assert not torch.equal(value, start[name]), name
+    argv = [str(encoder), "--protocol", "finetune", "--labels", "4", "--epochs", "3", "--lr", "0.1"]
+    main([*argv, "--seeds", "2", "--batch-size", "6"])  # it would notice a changed encoder
+    result = results(encoder)[-1]
+    assert [run["seed"] for run in result["runs"]] == [0, 1]
+    assert result["settings"]["how"] == "finetune, rate 0.1, 3 epochs of 6"
+
+
+def test_finetuning_learns(folder, tmp_path):
+    folder = write_folder(tmp_path / "set", 60, 40)
+    out = tmp_path / "out"
+    main(["random", "--arch", "small", "--data", str(folder), "--protocol", "finetune", "--lr",
+          "0.2", "--epochs", "30", "--batch-size", "30", "--out", str(out)])
+    assert json.loads((out / "eval.json").read_text())[0]["top-1"] > 60
+
+
+def test_rate_and_epochs_follow_batch_and_labels(encoder, capsys):
+    for more, expected in [
+        (["finetune", "--labels", "3"], "finetune, rate 0.001758, 500 epochs of 9,"),
+        (["finetune", "--limit", "40", "--epochs", "7"], "rate 0.007812, 7 epochs of 40,"),
+        (["linear-augmented", "--recipe", "supcon", "--batch-size", "16", "--epochs", "1"],
+         "linear-augmented supcon, rate 0.1562, 1 epochs of 16,"),
+        (["linear-augmented", "--recipe", "moco", "--lr", "3", "--epochs", "2"],
+         "linear-augmented moco, rate 3, 2 epochs of 48,"),
+        (["linear-augmented", "--epochs", "1"], "simclr, rate 0.01875, 1 epochs of 48,"),
+    ]:
+        main([str(encoder), "--protocol", *more])
+        assert expected in capsys.readouterr().out
+
+
+def test_a_share_of_the_labels_is_drawn_of_each_class(encoder, folder, monkeypatch):
+    seen, real = [], common.knn_predict
+    monkeypatch.setattr(common, "knn_predict", lambda *a: seen.append(a[1]) or real(*a))
+    main([str(encoder), "--protocol", "knn", "--labels", "0.25", "--knn-k", "3", "--seeds", "1"])
+    assert seen[0].bincount().tolist() == [4, 4, 4]
+
+
+def test_rates_that_are_too_high_are_reported(encoder, capsys):
+    argv = [encoder, "--protocol", "finetune", "--lr", "1e30", "--epochs", "2"]
+    with pytest.raises(SystemExit) as exit_:
+        main([str(a) for a in argv])
+    assert exit_.value.code == 2 and "--lr" in capsys.readouterr().err
+    assert (encoder.parent / "eval.json").read_text() == ""
+
+
+def test_accuracies_by_class_are_those_of_the_predictions(encoder, folder):
+    main([str(encoder), "--protocol", "knn", "--seeds", "1", "--knn-k", "5"])
+    result = results(encoder)[0]
+    net, _ = common.load_encoder(encoder)
+    _, bank, test = common.load_splits(str(folder), "nowhere", None, torch.device("cpu"), 1)
+    h, h_test = (common.extract_features(net, images, 12) for images in (bank, test))
+    right = common.knn_predict(h, bank.labels, h_test, 5, 0.07).argmax(1) == test.labels
+    expected = {name: 100 * right[test.labels == i].float().mean().item()
+                for i, name in enumerate(("across", "along", "both"))}
+    assert result["per-class"] == pytest.approx(expected) and len(set(expected.values())) > 1
+    assert result["top-1"] == pytest.approx(np.mean([*expected.values()]))
+
+
+PROTOCOLS = [["linear"], ["knn"], ["linear-augmented", "--epochs", "3", "--lr", "0.1"],
+             ["finetune", "--epochs", "3", "--lr", "0.1"]]
+
+
+def test_two_processes_give_exactly_the_accuracy_of_one(tmp_path):
+    folder = write_folder(tmp_path / "set", 16, 7)  # 21 test images: 11 and 10
+    torch.manual_seed(7)
+    for processes in (1, 2):
+        torch.manual_seed(7)
+        about = {"architecture": "small", "stem": "3x3", "image_size": 12, "data": folder}
+        path = tmp_path / str(processes) / "encoder.safetensors"
+        path.parent.mkdir()
+        common.save_encoder(path, common.build_encoder("small"), **about)
+        running = [command("linear_eval.py", path, "--seeds", "2", "--batch-size", "12", "--out",
+                           path.parent / p[0], "--protocol", *p, processes=processes)
+                   for p in PROTOCOLS]
+        for process in running:
+            code, _, err = finish(process)
+            assert code == 0, err
+    for protocol, *_ in PROTOCOLS:
+        one, two = (json.loads((tmp_path / n / protocol / "eval.json").read_text())[0]
+                    for n in ("1", "2"))
+        assert 20 < one["top-1"] < 80
+        assert one["runs"] == two["runs"] and one["per-class"] == two["per-class"]
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(encoder):
+    argv = [encoder, "--protocol", "finetune", "--batch-size", "9"]
+    code, _, err = finish(command("linear_eval.py", *argv, processes=2))
+    assert code != 0 and err.count("error: --batch-size") == 1
+
+
+def test_progress_is_shown_on_a_terminal(encoder):
+    argv = [encoder, "--protocol", "linear-augmented", "--epochs", "2"]
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    process = subprocess.Popen([sys.executable, str(ROOT / "linear_eval.py"), *map(str, argv)],
+                               stdout=subprocess.DEVNULL, stderr=end)
+    os.close(end)
+    shown = b""
+    while True:
+        try:
+            part = os.read(terminal, 4096)
+        except OSError:  # it ended
+            break
+        shown += part
+    assert process.wait() == 0 and b"seed 0" in shown and b"features" in shown
+
+
+# -------------------------------------------------------------------------- foreign checkpoints
+def resnet(architecture="resnet18", stem="7x7", seed=1):
+    torch.manual_seed(seed)
+    net = common.build_encoder(architecture, stem)
+    for name, buffer in net.named_buffers():
+        if "running" in name:
+            buffer.uniform_(0.5, 1.5)
+    return net.state_dict()
+
+
+def named(weights, prefix, rename=("", "")):
+    return {prefix + k.replace(*rename): v for k, v in weights.items()}
+
+
+def head(prefix, *shapes):
+    return {f"{prefix}{i}.weight": torch.rand(shape) for i, shape in enumerate(shapes)}
+
+
+OWN, TWIN = resnet(), resnet(seed=2)
+SMALL_STEM = resnet(stem="3x3")
+FILES = {
+    "MoCo": {"epoch": 3, "arch": "resnet18", "optimizer": {
+                "state": {0: {"momentum_buffer": torch.rand(3)}}, "param_groups": [{"lr": 0.03}]},
+             "state_dict": named(TWIN, "module.encoder_k.") | head("module.encoder_k.fc.", (8, 512))
+             | named(OWN, "module.encoder_q.") | head("module.encoder_q.fc.", (8, 512))
+             | {"module.queue": torch.rand(8, 16), "module.queue_ptr": torch.zeros(1)}},
+    "MoCo v3": {"state_dict": named(TWIN, "module.momentum_encoder.")
+                | named(OWN, "module.base_encoder.") | head("module.base_encoder.fc.", (8, 512))
+                | head("module.predictor.", (8, 8)), "scaler": {"scale": 65536.0}},
+    "SwAV": named(OWN, "module.") | head("module.projection_head.", (8, 512))
+            | {"module.prototypes.weight": torch.rand(5, 8)},
+    "SupContrast": {"opt": argparse.Namespace(temp=0.07, model="resnet18"), "epoch": 1, "model":
+                    named(SMALL_STEM, "encoder.module.", ("downsample", "shortcut"))
+                    | head("head.", (512, 512), (128, 512))},
+    "SimCLR port": {"arch": "resnet18", "state_dict": named(OWN, "backbone.")
+                    | head("backbone.fc.", (512, 512), (128, 512))},
+    "DINO": {"student": named(TWIN, "module.backbone.") | head("module.head.mlp.", (8, 512)),
+             "teacher": named(OWN, "backbone.") | head("head.mlp.", (8, 512)), "epoch": 2,
+             "args": argparse.Namespace(arch="resnet18")},
+    "Barlow Twins": {"epoch": 9, "model": named(OWN, "module.backbone.")
+                     | head("module.projector.", (8, 512)) | {"module.bn.running_mean":
+                                                              torch.rand(8)}},
+    "bare": OWN | {"fc.weight": torch.rand(1000, 512), "fc.bias": torch.rand(1000)},
+    "compiled": {"model": named(OWN, "_orig_mod.module.encoder.")},
+    "compiled within DDP": named(OWN, "module._orig_mod."),
+    "without counters": {k: v for k, v in OWN.items() if "num_batches" not in k},
+    "half": {k: v.half() if v.is_floating_point() else v for k, v in OWN.items()},
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_foreign_checkpoints_give_their_encoder(tmp_path, name):
+    path = tmp_path / "checkpoint.pth.tar"
+    torch.save(FILES[name], path)
+    net, about, said = open_encoder(str(path))
+    expected = SMALL_STEM if name == "SupContrast" else OWN
+    tolerance = {"atol": 1e-3, "rtol": 1e-3} if name == "half" else {"atol": 0, "rtol": 0}
+    for key, value in net.state_dict().items():
+        if "num_batches" not in key:
+            torch.testing.assert_close(value, expected[key], **tolerance)
+    assert not about and f"resnet18, {'3x3' if name == 'SupContrast' else '7x7'} stem" in said
+
+
+def test_what_was_not_matched_is_said(tmp_path, capsys):
+    path = tmp_path / "moco.pth.tar"
+    torch.save(FILES["MoCo"], path)
+    said = open_encoder(str(path))[2]
+    assert "state_dict.encoder_q." in said and "state_dict.encoder_k (121)" in said
+    assert "queue (1)" in said and "encoder_q.fc (1)" in said and "optimizer.state (1)" in said
+    torch.save(FILES["without counters"], path)
+    assert "not used: nothing" in open_encoder(str(path))[2]
+
+
+@pytest.mark.parametrize(("architecture", "stem"), [
+    ("resnet34", "7x7"), ("resnet50", "3x3"), ("resnet50", "7x7"), ("resnet101", "7x7"),
+    ("wide_resnet50_2", "7x7")])
+def test_architecture_and_stem_are_read_off_the_shapes(tmp_path, architecture, stem):
+    torch.save(named(resnet(architecture, stem), "module."), tmp_path / "a.pth")
+    net, _, said = open_encoder(str(tmp_path / "a.pth"))
+    assert f"{architecture}, {stem} stem" in said and net.width in (512, 2048)
+
+
+def test_foreign_safetensors_and_our_own_checkpoint(tmp_path, folder):
+    save_file({k: v.contiguous() for k, v in OWN.items()}, tmp_path / "a.safetensors")
+    net, _, _ = open_encoder(str(tmp_path / "a.safetensors"))
+    assert torch.equal(net.conv1.weight, OWN["conv1.weight"])
+    torch.save({"model": named(OWN, "0.") | head("1.", (8, 512)), "step": 3}, tmp_path / "c.pt")
+    assert torch.equal(open_encoder(str(tmp_path / "c.pt"))[0].conv1.weight, OWN["conv1.weight"])
+
+
+def test_foreign_encoders_are_evaluated_with_imagenets_statistics(tmp_path, folder, capsys):
+    path = tmp_path / "checkpoint.pth"
+    torch.save(FILES["SwAV"], path)
+    argv = [str(path), "--data", str(folder), "--protocol", "knn", "--seeds", "1", "--image-size",
+            "32", "--knn-k", "5", "--features"]
+    main([*argv, str(tmp_path / "a.npz")])
+    printed = capsys.readouterr().out
+    assert "resnet18, 7x7 stem" in printed and "prototypes" in printed and "imagenet" in printed
+    main([*argv, str(tmp_path / "b.npz"), "--normalize", "none"])
+    net = open_encoder(str(path))[0]
+    test = common.load_splits(str(folder), "nowhere", None, torch.device("cpu"), 1)[2]
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    x = test.centres(torch.arange(len(test)), 32)
+    with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "b.npz") as b, torch.no_grad():
+        expected = net.eval()((x - mean) / std).numpy()
+        np.testing.assert_allclose(a["test"], expected, atol=1e-3, rtol=1e-3)
+        np.testing.assert_allclose(b["test"], net(x).numpy(), atol=1e-3, rtol=1e-3)
+    result = json.loads((tmp_path / "eval.json").read_text())[0]
+    assert result["settings"]["normalize"] == "imagenet"
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+def test_files_without_an_encoder_are_refused_in_one_line(tmp_path, folder, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def error(saved, name="a.pth"):
+        if isinstance(saved, bytes):
+            (tmp_path / name).write_bytes(saved)
+        else:
+            torch.save(saved, tmp_path / name)
+        return refused(capsys, main, [name, "--data", folder])
+
+    assert "mkdir" in error({"state_dict": OWN, "extra": RunsCode()})
+    assert not (tmp_path / "harm").exists()
+    assert "mkdir" in error(pickle.dumps({"state_dict": RunsCode()}, protocol=2))
+    assert not (tmp_path / "harm").exists()
+    vit = {"patch_embed.proj.weight": torch.rand(8, 3, 4, 4), "cls_token": torch.rand(1, 1, 8)}
+    assert "patch_embed.proj.weight" in error(vit)
+    assert "a.pth" in error({}) and "a.pth" in error([1, 2])
+    lacking = {k: v for k, v in OWN.items() if not k.startswith("layer4.1")}
+    assert "layer4.1" in error(named(lacking, "module."))
+    assert "resnet18" in error(OWN | {"layer3.5.conv1.weight": torch.rand(256, 256, 3, 3)})
+    assert "conv1" in error(OWN | {"conv1.weight": torch.rand(64, 3, 5, 5)})
+    whole = (tmp_path / "a.pth").read_bytes()
+    assert "a.pth" in error(whole[: len(whole) // 2]) and "a.pth" in error(b"no checkpoint")
+    assert "b.safetensors" in error(b"no safetensors", "b.safetensors")
+    assert "nowhere" in refused(capsys, main, ["nowhere.pth", "--data", folder])
+    assert not (tmp_path / "eval.json").exists()

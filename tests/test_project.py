@@ -47,7 +47,7 @@ def test_scripts_import_no_other_script_and_no_other_package(name):
 
 
 @pytest.mark.parametrize(("name", "most"), [
-    ("common", 500), ("simclr", 330), ("linear_eval", 300),
+    ("common", 600), ("simclr", 330), ("linear_eval", 330),
 ])
 def test_files_stay_short(name, most):
     assert len((ROOT / f"{name}.py").read_text().splitlines()) <= most
