@@ -89,7 +89,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--stem", choices=("3x3", "7x7"), help="the random encoder's (default: by the size)")
     flag("--labels", type=lambda v: float(v) if "." in v else int(v),
          help="labelled training images a class, or below 1 their share (default: all)")
-    flag("--seeds", type=int, help="runs, with the seeds 0, 1, ... (default: 3; 1 on crops)")
+    flag("--seeds", type=int, help="runs, with the seeds from 0 on (default: 3, on crops 1)")
     flag("--epochs", type=int, help="passes over the crops (default: the recipe's)")
     flag("--lr", type=float, help="first rate on the crops (default: the recipe's, by the batch)")
     flag("--batch-size", type=int, help="images a step, over all processes (default: the recipe's)")
