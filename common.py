@@ -1,6 +1,6 @@
-"""Data and evaluation for the scripts beside it. Loss, head, optimiser, schedule, loop and
-checkpoint stand in each script."""
+"""Data and evaluation for the scripts beside it; all else stands in each script."""
 
+import atexit
 import hashlib
 import math
 import os
@@ -253,25 +253,31 @@ class ImageSet:
         loader = iter(torch.utils.data.DataLoader(
             steps, None, collate_fn=partial(_read_crops, self.images, recipes, plan),
             num_workers=min(self.workers, len(steps) - 1), pin_memory=cuda))
-        for step in steps:
-            self.waited -= time.monotonic()
-            try:
-                views = next(loader)
-            except RuntimeError as error:  # workers died: of memory, mostly
-                views = f"reading failed ({str(error).splitlines()[0]}): take fewer --workers"
-            self.waited += time.monotonic()
-            wrong = views if isinstance(views, str) else ""
-            if processes > 1 and not cuda:  # there it would wait for the device
-                wrong = max(gather_object([wrong]))
-            if wrong:
-                fail(wrong, alone=cuda)
-            views = [v.to(self.device, non_blocking=True).float().div_(255) for v in views]
-            yield *plan(step), views
+        end = atexit.register(getattr(loader, "_shutdown_workers", int))  # an exit waits for them
+        try:
+            for step in steps:
+                wrong, self.waited = "", self.waited - time.monotonic()
+                try:
+                    views = next(loader)
+                except OSError as error:  # its last line is read_image's
+                    wrong = str(error).strip().splitlines()[-1].removeprefix("OSError: ")
+                except RuntimeError as error:  # workers died: of memory, mostly
+                    wrong = f"{str(error).splitlines()[0]}: take fewer --workers"
+                self.waited += time.monotonic()
+                if processes > 1 and not cuda:  # there it would wait for the device
+                    wrong = max(gather_object([wrong]))
+                if wrong:
+                    fail(wrong, alone=cuda)
+                views = [v.to(self.device, non_blocking=cuda).float().div_(255) for v in views]
+                yield *plan(step), views
+        finally:
+            end()
+            atexit.unregister(end)
 
 
 def _read_crops(paths: np.ndarray, recipes: Recipes, plan: Callable[[int], tuple],
-                step: int) -> list[Tensor] | str:
-    """A step's crops as uint8, each file decoded once; or a line that says what is wrong."""
+                step: int) -> list[Tensor]:
+    """A step's crops as uint8, each file decoded once for all its views."""
     if torch.utils.data.get_worker_info():  # the script ends its workers, no signal does
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
@@ -279,10 +285,7 @@ def _read_crops(paths: np.ndarray, recipes: Recipes, plan: Callable[[int], tuple
     n, crops = len(index), [(count, operations[0]) for count, operations in recipes]
     views = [torch.empty(v * n, 3, c.size, c.size, dtype=torch.uint8) for v, c in crops]
     for i, path in enumerate(paths[index]):
-        try:
-            image = read_image(path)
-        except OSError as error:
-            return str(error)
+        image = read_image(path)
         for (_, crop), (first, *_), out in zip(crops, drawn, views, strict=True):
             out[i::n] = crop.cut(image, *(v[i::n] for v in first))
     return views
@@ -302,12 +305,10 @@ def read_image(path: str) -> Tensor:
 
 def load_splits(data: str, root: str, limit: int | None, device: torch.device,
                 workers: int | None = None, stream: bool = False) -> tuple[ImageSet | None, ...]:
-    """A set by name; a folder with train and val or test, which hold a folder a class; or a folder
-    with images, without classes. → images to pretrain on (stl10: unlabelled, else the next),
-    labelled training images, test images (these spared by `limit`, the first so many of a fixed
-    shuffle); without classes the last two are None. Files of one size that fit into memory are read
-    at once, unless `stream`. What is missing: fail().
-    """
+    """Images to pretrain on (stl10: unlabelled, else the next), labelled training images and test
+    images: of a set by name, or a folder with train and val or test, which hold a folder a class,
+    or (the last two None) with images anywhere. limit: the first so many of a fixed shuffle, of
+    training images. Files of one size that fit into memory are read at once, unless `stream`."""
     workers = workers or min(16, -(-os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
     def load(split: str) -> ImageSet:
@@ -465,7 +466,6 @@ def extract_features(encoder: nn.Module, data: ImageSet, size: int, batch: int =
     """h [N, D] float32 of the images' centres, by the encoder in eval mode, on all processes."""
     state, training = PartialState(), encoder.training
     share = -(-len(data) // state.num_processes)
-    # The last process repeats the last image; what it repeated is cut off after gathering.
     index = (state.process_index * share + torch.arange(share)).clamp(max=len(data) - 1)
     plan = [(i, [[()]]) for i in index.split(batch)]
     x = data.load([(1, [CentreCrop(size)])], plan.__getitem__, range(len(plan)))
@@ -474,7 +474,7 @@ def extract_features(encoder: nn.Module, data: ImageSet, size: int, batch: int =
     h = [encoder(v.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)).float()
          for _, _, (v,) in bar]
     encoder.train(training)
-    return gather(torch.cat(h))[: len(data)]
+    return gather(torch.cat(h))[: len(data)]  # without what the last process repeated
 
 
 # ------------------------------------------------------------------------------------- evaluation

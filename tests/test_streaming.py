@@ -279,3 +279,17 @@ def test_the_seed_of_a_stream_counts(photographs):
     data = load(photographs)[0]
     a, b = (next(batches(data, RECIPES, 4, seed, 0, 1))[1] for seed in (0, 1))
     assert not torch.equal(a, b) and generator(0).initial_seed() != generator(1).initial_seed()
+
+
+def test_an_error_elsewhere_does_not_wait_for_the_workers(photographs):
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+import common
+data = common.load_splits({str(photographs)!r}, "", None, torch.device("cpu"), 2, True)[0]
+for _ in common.batches(data, [(1, [common.RandomResizedCrop(8)])], 2, 0, 0, 40):
+    raise KeyError("mine")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.strip().endswith("KeyError: 'mine'"), done.stderr
