@@ -50,8 +50,7 @@ def written_aside(path: str | Path) -> Iterator[Path]:
 
 def generator(*key: int) -> torch.Generator:
     """A CPU generator that is a function of non-negative integers, such as (seed, epoch, step)."""
-    key = (len(key), *key)  # the length goes in: SeedSequence takes (1, 2) and (1, 2, 0) for one
-    state = np.random.SeedSequence(key).generate_state(1, np.uint64)
+    state = np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)  # (1,) ≠ (1, 0)
     return torch.Generator().manual_seed(int(state[0]))
 
 
@@ -108,8 +107,7 @@ class RandomResizedCrop(NamedTuple):
             w = distance.abs_().neg_().add_(1).clamp_(min=0).mul_(inside[:, None])
             return w.div_(w.sum(2, keepdim=True))
 
-        boxes = beside(x, self.boxes(u, *x.shape[2:]).float())
-        top, left, height, width = boxes.split(1, dim=1)
+        top, left, height, width = beside(x, self.boxes(u, *x.shape[2:]).float()).split(1, dim=1)
         rows, columns = filters(top, height, x.shape[2]), filters(left, width, x.shape[3])
         columns = torch.where(beside(x, flip)[:, None, None], columns.flip(1), columns)
         x = x.float().div_(255) if x.dtype == torch.uint8 else x
@@ -232,7 +230,7 @@ class ImageSet:
 
     def take(self, index: Tensor) -> "ImageSet":
         """The images index [n] as a set."""
-        return replace(self, images=self.images[index], labels=self.labels[index])
+        return replace(self, images=self.images[index.numpy()], labels=self.labels[index])
 
     def centres(self, index: Tensor, size: int) -> Tensor:
         """The middle squares of the images index [n] → [n, 3, size, size] float32."""
@@ -252,17 +250,18 @@ class ImageSet:
         cuda, processes = self.device.type == "cuda", PartialState().num_processes
         loader = iter(torch.utils.data.DataLoader(
             steps, None, collate_fn=partial(_read_crops, self.images, recipes, plan),
-            num_workers=min(self.workers, len(steps) - 1), pin_memory=cuda))
+            num_workers=max(0, min(self.workers, len(steps) - 1)), pin_memory=cuda))
+        if hasattr(signal, "SIGCHLD"):  # else torch's raises for a dead worker at any point
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         end = atexit.register(getattr(loader, "_shutdown_workers", int))  # an exit waits for them
         try:
             for step in steps:
                 wrong, self.waited = "", self.waited - time.monotonic()
                 try:
                     views = next(loader)
-                except OSError as error:  # its last line is read_image's
+                except (OSError, RuntimeError) as error:  # a worker's: its last line says it
                     wrong = str(error).strip().splitlines()[-1].removeprefix("OSError: ")
-                except RuntimeError as error:  # workers died: of memory, mostly
-                    wrong = f"{str(error).splitlines()[0]}: take fewer --workers"
+                    wrong += ": take fewer --workers" * isinstance(error, RuntimeError)
                 self.waited += time.monotonic()
                 if processes > 1 and not cuda:  # there it would wait for the device
                     wrong = max(gather_object([wrong]))
@@ -284,7 +283,7 @@ def _read_crops(paths: np.ndarray, recipes: Recipes, plan: Callable[[int], tuple
     index, drawn = plan(step)
     n, crops = len(index), [(count, operations[0]) for count, operations in recipes]
     views = [torch.empty(v * n, 3, c.size, c.size, dtype=torch.uint8) for v, c in crops]
-    for i, path in enumerate(paths[index]):
+    for i, path in enumerate(paths[index.numpy()]):
         image = read_image(path)
         for (_, crop), (first, *_), out in zip(crops, drawn, views, strict=True):
             out[i::n] = crop.cut(image, *(v[i::n] for v in first))
@@ -294,7 +293,7 @@ def _read_crops(paths: np.ndarray, recipes: Recipes, plan: Callable[[int], tuple
 def read_image(path: str) -> Tensor:
     """A file, turned as its EXIF says → RGB [3, H, W] uint8; OSError: a line with its name."""
     try:
-        with Image.open(path) as image:
+        with Image.open(str(path)) as image:
             if image.mode[0] in "IF":
                 raise ValueError("it has more than 8 bits a channel")
             pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
@@ -320,7 +319,7 @@ def load_splits(data: str, root: str, limit: int | None, device: torch.device,
             found = found.take(torch.randperm(len(found), generator=generator(0))[:limit])
         found.fingerprint = f"{len(found)} images"
         if not named:
-            names = "\n".join(found.images).encode()
+            names = os.fsencode("\n".join(found.images))
             found.fingerprint += f" ({hashlib.sha256(names).hexdigest()[:8]})"
             found.images = _decode(found.images, workers, stream)
         if named or isinstance(found.images, Tensor):
@@ -344,20 +343,21 @@ def _named(name: str, split: str, root: str) -> tuple[np.ndarray, Sequence[int],
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         fail(f"{name} is neither here nor to be downloaded ({reason}): copy its files, or take "
              f"another --data: {', '.join(SETS)} or a folder")
-    pixels = np.asarray(images.data)
-    if name == "stl10":
-        return pixels, images.labels, images.classes
-    pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
-    return pixels, images.targets, images.classes
+    pixels, labels = np.asarray(images.data), images.labels if name == "stl10" else images.targets
+    if name != "stl10":
+        pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
+    return pixels, labels, images.classes
 
 
 def _folder(data: str, split: str) -> tuple[np.ndarray, Sequence[int], Sequence[str]]:
     if split == "all":
         kinds = torchvision.datasets.folder.IMG_EXTENSIONS
-        files = sorted(str(p) for p in Path(data).rglob("*") if p.suffix.lower() in kinds)
+        files = [str(Path(path, name)) for path, _, names in os.walk(data, followlinks=True)
+                 if "config.json" not in names  # else it is a run, with pictures of its own
+                 for name in names if name.lower().endswith(kinds)]
         if not files:
             fail(f"--data {data} is neither one of {', '.join(SETS)} nor a folder with images")
-        return np.array(files), [-1] * len(files), ()
+        return np.array(sorted(files)), [-1] * len(files), ()
     parts = [p for p in (Path(data, name) for name in ("train", "val", "test")) if p.is_dir()]
     if len(parts) < 2 or parts[0].name != "train":
         fail(f"--data {data} needs a folder train and a folder val or test, which hold a folder a "
@@ -552,7 +552,7 @@ def some_of_each(labels: Tensor, n: float, rng: torch.Generator) -> Tensor:
     """Indices of n random images of each class, or (below 1) of that share of them."""
     order = torch.randperm(len(labels), generator=rng)
     order = order[labels[order].argsort(stable=True)].split(labels.bincount().tolist())
-    return torch.cat([part[: n if n >= 1 else max(1, round(n * len(part)))] for part in order])
+    return torch.cat([part[: int(n) if n >= 1 else max(1, round(n * len(part)))] for part in order])
 
 
 def knn_accuracy(encoder: nn.Module, bank: ImageSet, test: ImageSet, size: int) -> float:
@@ -565,15 +565,15 @@ def compare(encoders: dict[str, nn.Module], bank: ImageSet, test: ImageSet, size
             seed: int) -> list[dict]:
     """Test accuracies in percent, a row an encoder and one for raw pixels: kNN (k 20, T .07) and
     linear probe, with all labels and, where there are as many, 10 a class (mean of 5 draws)."""
-    classes, draws = int(bank.labels.max()) + 1, {"": [torch.arange(len(bank))]}
+    classes, sets = int(bank.labels.max()) + 1, {"": [torch.arange(len(bank))]}
     if bank.labels.bincount().min() >= 10:
-        few = [some_of_each(bank.labels, 10, generator(seed, i)) for i in range(5)]
-        draws[" (10 a class)"] = few
+        few = range(5)
+        sets[" (10 a class)"] = [some_of_each(bank.labels, 10, generator(seed, i)) for i in few]
     rows = []
     for features, encoder in (encoders | {"raw pixels": nn.Flatten()}).items():
         x, x_test = (extract_features(encoder, images, size) for images in (bank, test))
         rows.append({"features": features})
-        for name, indices in draws.items():
+        for name, indices in sets.items():
             hits = torch.zeros(2)
             for i in indices:
                 y = bank.labels[i]

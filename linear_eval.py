@@ -16,8 +16,8 @@ is best on the held-out tenth is trained again on all, and meets the test set on
 2018, §3.4. linear-augmented: a linear layer on random crops and flips, as the --recipe's authors
 did it. finetune: all weights, as SimCLR's authors did (B.5), and for 500 steps at least; else the
 encoder stays in eval mode, and is compared bit by bit with what it was. A seed draws the labelled
-images, the held-out tenth, the batches, the layer and a random encoder. Deviation: rates fall by
-step.
+images, the held-out tenth, the batches, the layer and a random encoder. Deviations: rates fall by
+step, the layer begins as torch's, crops are from .08 of the area.
 
 Into --out (the encoder's folder) go eval.json, to which every evaluation adds its result, and
 neighbours.png: test images (left) and the nearest training images, framed green or red by class.
@@ -54,8 +54,7 @@ RESNETS = (*common.ARCHITECTURES[1:], "resnet101", "resnet152", "wide_resnet50_2
 TWINS = ("encoder_k", "momentum", "target", "student")  # which their authors do not evaluate
 
 
-# SGD with momentum .9: the rate, for this batch, falls by the factor at the drops, shares of the
-# training; without drops as half a cosine.
+# SGD, momentum .9; the rate, for this batch, falls by factor at drops, else as half a cosine.
 Recipe = namedtuple("Recipe", "lr batch_size epochs weight_decay nesterov factor drops",
                     defaults=(0.0, False, 1.0, ()))
 RECIPES = {"moco": Recipe(30, 256, 100, factor=0.1, drops=(0.6, 0.8)),
@@ -87,8 +86,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--normalize", choices=STATISTICS, help="input statistics (foreign files: imagenet)")
     flag("--arch", choices=common.ARCHITECTURES, default="resnet18", help="the random encoder's")
     flag("--stem", choices=("3x3", "7x7"), help="the random encoder's (default: by the size)")
-    flag("--labels", type=lambda v: float(v) if "." in v else int(v),
-         help="labelled training images a class, or below 1 their share (default: all)")
+    flag("--labels", type=float, help="labelled images a class, below 1 a share (default: all)")
     flag("--seeds", type=int, help="runs, with the seeds from 0 on (default: 3, on crops 1)")
     flag("--epochs", type=int, help="passes over the crops (default: the recipe's)")
     flag("--lr", type=float, help="first rate on the crops (default: the recipe's, by the batch)")
@@ -100,8 +98,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--out", type=Path, help="folder of the results (default: the encoder's)")
     args = p.parse_args(argv)
     for name, value in vars(args).items():
-        share = isinstance(value, float) and name == "labels"
-        if isinstance(value, int | float) and not 0 < value < (1 if share else math.inf):
+        part = name == "labels" and value and value > 1 and value % 1
+        if isinstance(value, int | float) and (not 0 < value < math.inf or part):
             fail(f"--{name.replace('_', '-')} {value} is out of range")
     args.cached = args.protocol in ("linear", "knn")
     file = args.features
@@ -133,26 +131,28 @@ def open_encoder(path: str) -> tuple[nn.Module, dict[str, str], str]:
                 tree = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files lead to nearly everything
         code = str(error).partition("GLOBAL ")[2].split()
-        why = f"it asks to run {code[0]}" if code else str(error).partition("Weights only load")[0]
+        why = f"it holds {code[0]}, code" if code else str(error).partition("Weights only load")[0]
         fail(f"{path} is not loaded ({why[:200] or 'no tensors'}): take a checkpoint of tensors")
+    if {"model", "optimizer", "rows"} <= set(tree if isinstance(tree, dict) else ()):
+        fail(f"{path} is the state of a run: take encoder.safetensors, which its end writes beside")
     found = dict(flatten(tree))
     stems = [k for k, v in found.items() if k.endswith("conv1.weight") and v.shape[1:2] == (3,)]
     stems.sort(key=lambda k: any(v in k for v in TWINS))
-    prefix = stems[0].removesuffix("conv1.weight") if stems else ""
-    weights = {k.removeprefix(prefix).replace("shortcut", "downsample"): v  # SupContrast's name
-               for k, v in found.items() if k.startswith(prefix)}
     fits = []
-    for architecture, stem in itertools.product(RESNETS, ("7x7", "3x3")):
+    for first, architecture, stem in itertools.product(stems or [""], RESNETS, ("7x7", "3x3")):
+        prefix = first.removesuffix("conv1.weight")
+        weights = {k.removeprefix(prefix).replace("shortcut.", "downsample."): v  # SupContrast's
+                   for k, v in found.items() if k.startswith(prefix)}
         with torch.device("meta"):
             wanted = common.build_encoder(architecture, stem).state_dict()
         off = [k for k, v in wanted.items() if "num_batches" not in k
                and (k not in weights or weights[k].shape != v.shape)]
         off += [k for k in weights if k.startswith("layer") and k not in wanted]
-        fits.append((len(off), architecture, stem, off, wanted))
-    n, architecture, stem, off, wanted = min(fits, key=lambda fit: fit[0])
+        fits.append((len(off), architecture, stem, off, wanted, prefix, weights))
+    n, architecture, stem, off, wanted, prefix, weights = min(fits, key=lambda fit: fit[0])
     if n:
-        fail(f"{path} holds no ResNet known here, under torchvision's names; it begins with "
-             f"{', '.join([*found][:3])}; for {architecture}, {stem} stem, {n} differ, as {off[0]}")
+        fail(f"{path}: {', '.join([*found][:3]) or 'nothing'} and so on is no ResNet known here; "
+             f"for {architecture}, {stem} stem, {n} tensors are not as {off[0]} should be")
     encoder = common.build_encoder(architecture, stem)
     encoder.load_state_dict({k: v for k, v in weights.items() if k in wanted}, strict=False)
     unused = Counter(".".join(k.split(".")[:2]) for k in found if not k.startswith(prefix))
@@ -168,9 +168,8 @@ def train(encoder: nn.Module, data: ImageSet, classes: int, size: int, recipe: R
     synchronised BN, each process trains all of it on the whole batch: exact, and no faster."""
     device, processes = accelerator.device, accelerator.num_processes
     torch.manual_seed(seed)
-    head = nn.Linear(encoder[1].width, classes)
-    net = nn.Sequential(encoder, head).to(device)
-    fixed, model = (encoder, head) if frozen else (nn.Identity(), net)
+    net = nn.Sequential(encoder, nn.Linear(encoder[1].width, classes)).to(device)
+    fixed, model = (encoder, net[1]) if frozen else (nn.Identity(), net)
     shared = not frozen and processes > 1 and device.type == "cuda"
     if shared:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
@@ -232,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     untrained, about, said = args.encoder == "random", {}, ""
     if not untrained:
         encoder, about, said = open_encoder(args.encoder)
-    data = args.data or about.get("data", "fashion-mini")
+    data = args.data or about.get("data", "" if said else "fashion-mini")
     _, bank, test = common.load_splits(
         data, args.root, args.limit, device, args.workers, args.stream)
     if not bank:
@@ -259,18 +258,19 @@ def main(argv: Sequence[str] | None = None) -> None:
                              batch_size=batch, epochs=args.epochs or epochs)
     how = {"linear": "linear", "knn": f"kNN, k = {args.knn_k}, T = {args.knn_temperature}"}.get(
         args.protocol, f"{args.protocol}, rate {recipe.lr:.4g}, {recipe.epochs} epochs of {batch}")
-    how = how.replace("augmented", f"augmented {name}")
-    if batch % processes and not args.cached:
-        fail(f"--batch-size: {batch} images a step are no multiple of {processes} processes")
+    how += f", {args.labels:g} labels a class" if args.labels else ", all labels"
+    if not args.cached and (batch < 2 or batch % processes):
+        fail(f"--batch-size: {batch} images a step are less than 2 or no multiple of {processes}")
     per = max(1, (args.batch_size or 256 * processes) // processes)  # images a forward pass
     out = args.out or (Path("runs", f"random-{args.arch}-{Path(data).name}") if untrained
                        else Path(args.encoder).parent)
+    record = out / "eval.json"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "eval.json").touch()
-        list.copy(json.loads((out / "eval.json").read_text() or "[]"))
+        record.with_name(".partial-eval.json").touch()  # it can be written
+        list.copy(json.loads(record.read_text()) if record.exists() else [])
     except (OSError, ValueError, TypeError) as error:  # the last: it holds no list
-        fail(f"{out}/eval.json cannot be used ({error}): take another --out")
+        fail(f"{record} cannot be used ({error}): take another --out")
 
     rows, hits = [], []
     for seed, index in enumerate(draws):
@@ -292,34 +292,34 @@ def main(argv: Sequence[str] | None = None) -> None:
             row |= {k: f"{v:g}" for k, v in chosen.items()}
         else:
             frozen = args.protocol == "linear-augmented"
-            net = train(encoder if frozen else copy.deepcopy(encoder), bank.take(index), classes,
-                        size, recipe, frozen, seed, accelerator)
+            net = train(encoder if frozen else copy.deepcopy(encoder), bank.take(index) if
+                        args.labels else bank, classes, size, recipe, frozen, seed, accelerator)
             scores = common.extract_features(net, test, size, per)
         if moved := [k for k, v in encoder.state_dict().items() if not torch.equal(v, state[k])]:
             raise RuntimeError(f"the evaluation changed the frozen encoder: {moved}")
         if not scores.isfinite().all():
-            fail(f"seed {seed} came to weights that are not finite: take a lower --lr")
+            fail(f"seed {seed}: scores are not finite: take a lower --lr, or another encoder")
         row["top-1"], row["top-5"] = (common.accuracy(scores, test.labels, k) for k in (1, 5))
         hits.append(scores.argmax(1).cpu() == test.labels)
         rows.append(row)
     top = torch.tensor([[row["top-1"], row["top-5"]] for row in rows])
     mean, std = top.mean(0).tolist(), top.std(0, correction=min(1, len(top) - 1)).tolist()
-    say(f"{common.table(rows)}\n{data}, {how}, {args.labels or 'all'} labels a class, {len(rows)} "
-        f"seeds: top-1 {mean[0]:.2f} ± {std[0]:.2f} %, top-5 {mean[1]:.2f} ± {std[1]:.2f} %")
+    say(f"{common.table(rows)}\n{data}, {how}, {len(rows)} seeds: "
+        f"top-1 {mean[0]:.2f} ± {std[0]:.2f} %, top-5 {mean[1]:.2f} ± {std[1]:.2f} %")
     if args.cached:
         draw_neighbours(out / "neighbours.png", (h, h_test), (bank, test))
     if not accelerator.is_main_process:
         return
     settings = {k: v if isinstance(v, int | float) else str(v) for k, v in vars(args).items() if v}
-    settings |= {"data": data, "image_size": size, "normalize": statistics, "how": how}
+    settings |= {"data": data, "image_size": size, "normalize": statistics, "recipe": name}
     right = 100 * torch.stack(hits).float().mean(0)
     per_class = {c: right[test.labels == i].mean().item() for i, c in enumerate(bank.classes)}
-    result = {"settings": settings | {"torch": version("torch")}, "top-1": mean[0],
+    result = {"how": how, "settings": settings, "torch": version("torch"), "top-1": mean[0],
               "top-1 std": std[0], "top-5": mean[1], "top-5 std": std[1], "per-class": per_class}
-    results = json.loads((out / "eval.json").read_text() or "[]")  # others may have added theirs
-    with common.written_aside(out / "eval.json") as aside:
+    results = json.loads(record.read_text()) if record.exists() else []  # now with others' too
+    with common.written_aside(record) as aside:
         aside.write_text(json.dumps([*results, result | {"runs": rows}], indent=1))
-    say(f"wrote {out}/eval.json")
+    say(f"wrote {record}")
     if args.features:
         with common.written_aside(args.features) as aside, aside.open("wb") as file:
             np.savez(file, train=h.cpu(), train_labels=labels, test=h_test.cpu(),

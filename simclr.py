@@ -205,10 +205,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         old = json.loads((out / "config.json").read_text()) if any(out.glob("[!.]*")) else config
-        if changed := [k for k in settings if old["settings"].get(k) != settings[k]]:
-            fail(f"{out} holds a run with another {', '.join(changed)}: take another --out")
-        if old["images"] != data.fingerprint:
-            say(f"warning: the files changed: {old['images']}, now {data.fingerprint}; going on")
+        if changed := [f"{k} ({v})" for k, v in old["settings"].items() if settings.get(k) != v]:
+            fail(f"{out} holds a run with another {', '.join(changed)}: take it or another --out")
         results = (out / "results.json").exists() and json.loads((out / "results.json").read_text())
         state = (out / "checkpoint.pt").exists() and torch.load(
             out / "checkpoint.pt", map_location="cpu", weights_only=True)
@@ -238,8 +236,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if state:
         net.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        done, rows, sums = state["step"], state["rows"], state["sums"].to(device)
-        say(f"going on after step {done} of {steps}")
+        new = old["images"] != data.fingerprint  # then one step at least is done, for its row
+        done, rows, sums = min(state["step"], steps - new), state["rows"], state["sums"].to(device)
+        say(f"going on after step {done} of {steps}"
+            + f"; the files changed: {old['images']}, now {data.fingerprint}" * new)
 
     def save() -> None:
         if accelerator.is_main_process:

@@ -22,7 +22,7 @@ from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
 import common
-from linear_eval import FINETUNE, RECIPES, main, open_encoder, train
+from linear_eval import FINETUNE, RECIPES, STATISTICS, main, open_encoder, train
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_knn_has_its_parameters_in_what_it_says(encoder, folder, capsys):
     scores = common.knn_predict(h, bank.labels, h_test, 7, 0.3)
     accuracy = common.accuracy(scores, test.labels)
     printed = capsys.readouterr().out
-    assert f"k = 7, T = 0.3, all labels a class, 3 seeds: top-1 {accuracy:.2f} ± 0.00" in printed
+    assert f"k = 7, T = 0.3, all labels, 3 seeds: top-1 {accuracy:.2f} ± 0.00" in printed
 
 
 def test_labels_a_class_are_drawn_by_the_seed(encoder, monkeypatch):
@@ -152,8 +152,9 @@ def test_an_encoder_that_changes_is_noticed(folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("more", [
     ["--knn-k", "49", "--protocol", "knn"], ["--knn-k", "0"], ["--knn-temperature", "0"],
-    ["--labels", "17"], ["--labels", "0"], ["--labels", "1.5"], ["--labels", "many"],
-    ["--seeds", "0"], ["--limit", "-1"], ["--limit", "1"], ["--features", "nowhere/f.npz"],
+    ["--batch-size", "1", "--protocol", "finetune"], ["--labels", "17"], ["--labels", "0"],
+    ["--labels", "1.5"], ["--labels", "many"],
+    ["--seeds", "0"], ["--limit", "-1"], ["--features", "nowhere/f.npz"],
     ["--image-size", "0"], ["--batch-size", "0"], ["--workers", "0"], ["--data", "cifar11"],
     ["--protocol", "guess"], ["--arch", "vgg"], ["--stem", "5x5"], ["--seed", "1"],
     ["--recipe", "byol"], ["--epochs", "0"], ["--lr", "nan"], ["--normalize", "mnist"],
@@ -231,7 +232,7 @@ def test_recipes_are_the_papers():
 
 
 def test_finetuning_trains_every_weight_and_leaves_the_pretrained_ones(encoder, folder):
-    pretrained = nn.Sequential(nn.Identity(), common.load_encoder(encoder)[0])
+    pretrained = nn.Sequential(nn.Identity(), common.load_encoder(encoder)[0].eval())
     start = {k: v.clone() for k, v in pretrained.state_dict().items()}
     recipe = FINETUNE._replace(batch_size=6, epochs=3, lr=0.1)
     net = train(pretrained, stripes(folder, 4), 3, 12, recipe, False, 0, Accelerator())
@@ -244,7 +245,7 @@ def test_finetuning_trains_every_weight_and_leaves_the_pretrained_ones(encoder, 
     main([*argv, "--seeds", "2", "--batch-size", "6"])  # it would notice a changed encoder
     result = results(encoder)[-1]
     assert [run["seed"] for run in result["runs"]] == [0, 1]
-    assert result["settings"]["how"] == "finetune, rate 0.1, 3 epochs of 6"
+    assert result["how"] == "finetune, rate 0.1, 3 epochs of 6, 4 labels a class"
 
 
 def test_finetuning_learns(folder, tmp_path):
@@ -257,16 +258,36 @@ def test_finetuning_learns(folder, tmp_path):
 
 def test_rate_and_epochs_follow_batch_and_labels(encoder, capsys):
     for more, expected in [
-        (["finetune", "--labels", "3"], "finetune, rate 0.001758, 500 epochs of 9,"),
+        (["finetune", "--labels", "3"], "finetune, rate 0.001758, 500 epochs of 9, 3 labels"),
         (["finetune", "--limit", "40", "--epochs", "7"], "rate 0.007812, 7 epochs of 40,"),
         (["linear-augmented", "--recipe", "supcon", "--batch-size", "16", "--epochs", "1"],
-         "linear-augmented supcon, rate 0.1562, 1 epochs of 16,"),
+         "linear-augmented, rate 0.1562, 1 epochs of 16, all labels,"),
         (["linear-augmented", "--recipe", "moco", "--lr", "3", "--epochs", "2"],
-         "linear-augmented moco, rate 3, 2 epochs of 48,"),
-        (["linear-augmented", "--epochs", "1"], "simclr, rate 0.01875, 1 epochs of 48,"),
+         "linear-augmented, rate 3, 2 epochs of 48,"),
+        (["linear-augmented", "--epochs", "1"], "rate 0.01875, 1 epochs of 48,"),
     ]:
         main([str(encoder), "--protocol", *more])
         assert expected in capsys.readouterr().out
+
+
+def test_finetuning_is_as_long_as_simclrs_where_there_are_images(tmp_path, capsys):
+    rng = torch.Generator().manual_seed(0)
+    for split, count in (("train", 300), ("test", 2)):
+        for name in ("a", "b"):
+            (tmp_path / "set" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(256, (4, 4, 3), generator=rng, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(tmp_path / "set" / split / name / f"{i}.png")
+    argv = ["random", "--arch", "small", "--data", str(tmp_path / "set"), "--protocol", "finetune",
+            "--out", str(tmp_path / "out"), "--batch-size", "2"]
+    main([*argv, "--labels", "0.07"])  # 42 images, 21 steps an epoch
+    assert ", 30 epochs of 2, 0.07 labels a class" in capsys.readouterr().out
+    main([*argv, "--labels", "0.04"])  # 24 images
+    assert ", 60 epochs of 2," in capsys.readouterr().out
+
+
+def test_one_labelled_image_is_too_few(encoder, capsys):
+    assert "2) are needed" in refused(capsys, main, [encoder, "--limit", "1"])
 
 
 def test_a_share_of_the_labels_is_drawn_of_each_class(encoder, folder, monkeypatch):
@@ -281,7 +302,7 @@ def test_rates_that_are_too_high_are_reported(encoder, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([str(a) for a in argv])
     assert exit_.value.code == 2 and "--lr" in capsys.readouterr().err
-    assert (encoder.parent / "eval.json").read_text() == ""
+    assert not (encoder.parent / "eval.json").exists()
 
 
 def test_accuracies_by_class_are_those_of_the_predictions(encoder, folder):
@@ -392,6 +413,8 @@ FILES = {
     "compiled": {"model": named(OWN, "_orig_mod.module.encoder.")},
     "compiled within DDP": named(OWN, "module._orig_mod."),
     "without counters": {k: v for k, v in OWN.items() if "num_batches" not in k},
+    "BYOL": named(TWIN, "target_encoder.") | named(OWN, "online_encoder."),
+    "after another stem": {"critic.conv1.weight": torch.rand(8, 3, 3, 3)} | named(OWN, "net."),
     "half": {k: v.half() if v.is_floating_point() else v for k, v in OWN.items()},
 }
 
@@ -417,6 +440,8 @@ def test_what_was_not_matched_is_said(tmp_path, capsys):
     assert "queue (1)" in said and "encoder_q.fc (1)" in said and "optimizer.state (1)" in said
     torch.save(FILES["without counters"], path)
     assert "not used: nothing" in open_encoder(str(path))[2]
+    torch.save(FILES["compiled"], path)
+    assert "from model.encoder.; not used: nothing" in open_encoder(str(path))[2]
 
 
 @pytest.mark.parametrize(("architecture", "stem"), [
@@ -428,12 +453,10 @@ def test_architecture_and_stem_are_read_off_the_shapes(tmp_path, architecture, s
     assert f"{architecture}, {stem} stem" in said and net.width in (512, 2048)
 
 
-def test_foreign_safetensors_and_our_own_checkpoint(tmp_path, folder):
+def test_foreign_safetensors(tmp_path):
     save_file({k: v.contiguous() for k, v in OWN.items()}, tmp_path / "a.safetensors")
     net, _, _ = open_encoder(str(tmp_path / "a.safetensors"))
     assert torch.equal(net.conv1.weight, OWN["conv1.weight"])
-    torch.save({"model": named(OWN, "0.") | head("1.", (8, 512)), "step": 3}, tmp_path / "c.pt")
-    assert torch.equal(open_encoder(str(tmp_path / "c.pt"))[0].conv1.weight, OWN["conv1.weight"])
 
 
 def test_foreign_encoders_are_evaluated_with_imagenets_statistics(tmp_path, folder, capsys):
@@ -447,14 +470,17 @@ def test_foreign_encoders_are_evaluated_with_imagenets_statistics(tmp_path, fold
     main([*argv, str(tmp_path / "b.npz"), "--normalize", "none"])
     net = open_encoder(str(path))[0]
     test = common.load_splits(str(folder), "nowhere", None, torch.device("cpu"), 1)[2]
+    main([*argv[:-1], "--normalize", "cifar10"])
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
     x = test.centres(torch.arange(len(test)), 32)
     with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "b.npz") as b, torch.no_grad():
         expected = net.eval()((x - mean) / std).numpy()
         np.testing.assert_allclose(a["test"], expected, atol=1e-3, rtol=1e-3)
         np.testing.assert_allclose(b["test"], net(x).numpy(), atol=1e-3, rtol=1e-3)
-    result = json.loads((tmp_path / "eval.json").read_text())[0]
-    assert result["settings"]["normalize"] == "imagenet"
+    result = json.loads((tmp_path / "eval.json").read_text())
+    assert [r["settings"]["normalize"] for r in result] == ["imagenet", "none", "cifar10"]
+    mean, std = STATISTICS["cifar10"]
+    assert mean == (0.4914, 0.4822, 0.4465) and std == (0.2023, 0.1994, 0.2010)
 
 
 class RunsCode:
@@ -478,7 +504,8 @@ def test_files_without_an_encoder_are_refused_in_one_line(tmp_path, folder, caps
     assert not (tmp_path / "harm").exists()
     vit = {"patch_embed.proj.weight": torch.rand(8, 3, 4, 4), "cls_token": torch.rand(1, 1, 8)}
     assert "patch_embed.proj.weight" in error(vit)
-    assert "a.pth" in error({}) and "a.pth" in error([1, 2])
+    assert "nothing" in error({}) and "nothing" in error([1, 2]) and "nothing" in error(None)
+    assert "encoder.safetensors" in error({"model": named(OWN, "0."), "optimizer": {}, "rows": []})
     lacking = {k: v for k, v in OWN.items() if not k.startswith("layer4.1")}
     assert "layer4.1" in error(named(lacking, "module."))
     assert "resnet18" in error(OWN | {"layer3.5.conv1.weight": torch.rand(256, 256, 3, 3)})
@@ -487,4 +514,6 @@ def test_files_without_an_encoder_are_refused_in_one_line(tmp_path, folder, caps
     assert "a.pth" in error(whole[: len(whole) // 2]) and "a.pth" in error(b"no checkpoint")
     assert "b.safetensors" in error(b"no safetensors", "b.safetensors")
     assert "nowhere" in refused(capsys, main, ["nowhere.pth", "--data", folder])
+    torch.save(OWN, tmp_path / "a.pth")
+    assert "--data" in refused(capsys, main, ["a.pth"])  # what it was trained on is not known
     assert not (tmp_path / "eval.json").exists()

@@ -1,11 +1,13 @@
 """Image files that are read anew each epoch: the batches of memory, sizes, formats, failures."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -223,31 +225,89 @@ def test_a_signal_to_the_whole_group_stops_and_the_run_goes_on(folder, tmp_path,
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_an_unreadable_file_stops_the_run_which_goes_on_without_it(tmp_path, processes):
-    folder = write_folder(tmp_path / "set", 8, 3)
+    folder, out = write_folder(tmp_path / "set", 8, 3), tmp_path / "run"
     bad = sorted((folder / "train" / "both").iterdir())[-1]
+    argv = ["--data", folder, "--out", out, *TINY, "--stream", "--workers", "2", "--epochs", "40"]
+    process = command("simclr.py", *argv, processes=processes)
+    while not (out / "checkpoint.pt").exists() and process.poll() is None:
+        time.sleep(0.005)
     bad.write_bytes(bad.read_bytes()[:50])
-    argv = ["--data", folder, "--out", tmp_path / "run", *TINY, "--stream", "--workers", "2"]
-    code, _, err = finish(command("simclr.py", *argv, processes=processes))
+    code, _, err = finish(process)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == (2 if processes == 1 else 1) and len(errors) == 1, err
     assert str(bad) in errors[0] and 'simclr.py", line' not in err
-    assert not (tmp_path / "run" / "encoder.safetensors").exists()
+    assert not (out / "encoder.safetensors").exists()
+    step = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
     bad.unlink()
     code, text, err = finish(command("simclr.py", *argv, processes=processes))
-    assert code == 0 and "the files changed: 24 images" in text and "now 23 images" in text, err
+    assert code == 0 and f"after step {step} of 200; the files changed: 24 images" in text, err
+    assert "now 23 images" in text and metrics(out)[-1]["step"] == 200
+    assert json.loads((out / "config.json").read_text())["images"].startswith("23 images")
 
 
-def test_workers_that_die_are_one_line(photographs, capsys):
+@pytest.mark.parametrize("more", [(), ("--stream",)])
+def test_a_run_that_is_past_its_end_without_some_files_still_ends(tmp_path, more, capsys):
+    folder = write_folder(tmp_path / "set", 8, 3)  # 24 images, 6 steps an epoch
+    out = run(folder, tmp_path / "run", *more)
+    for name in ("results.json", "encoder.safetensors"):
+        (out / name).unlink()
+    (folder / "train" / "both" / "7.png").unlink()
+    run(folder, out, *more)  # 5 steps an epoch
+    assert "going on after step 9 of 10; the files changed" in capsys.readouterr().out
+    assert (out / "results.json").exists() and metrics(out)[-1]["step"] == 10
+
+
+def test_a_streamed_run_that_was_stopped_at_its_end_ends(folder, tmp_path, capsys):
+    out = run(folder, tmp_path / "run", "--stream")
+    (out / "results.json").unlink()
+    run(folder, out, "--stream")
+    assert "going on after step 24 of 24" in capsys.readouterr().out
+    assert (out / "results.json").exists()
+
+
+def test_batches_and_splits_of_one_image(photographs):
+    data, bank, test = load(photographs)
+    encoder = common.build_encoder("small")
+    assert common.extract_features(encoder, bank, 8, 13).shape == (14, 256)
+    assert len(data.take(torch.tensor([3]))) == len(load(photographs, limit=1)[0]) == 1
+    assert test.centres(torch.tensor([2]), 8).shape == (1, 3, 8, 8)
+    _, index, (views, _) = next(batches(data, RECIPES, 1, 0, 0, 3))
+    assert views.shape == (2, 1, 3, 8, 8) and len(index) == 1
+
+
+def test_a_run_within_its_own_folder_does_not_train_on_its_pictures(tmp_path, monkeypatch):
+    for i in range(8):
+        noise = np.random.default_rng(i).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    run(".", "runs/a")
+    assert Path("runs/a/views.png").exists() and len(load(".")[0]) == 8
+
+
+def test_links_and_odd_names_are_images_too(tmp_path):
+    (tmp_path / "there").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "there" / "a.png")
+    (tmp_path / "set" / "folder.jpg").mkdir(parents=True)
+    (tmp_path / "set" / "link").symlink_to(tmp_path / "there")
+    name = os.fsencode(tmp_path / "set") + b"/\xe9.png"
+    Path(os.fsdecode(name)).write_bytes((tmp_path / "there" / "a.png").read_bytes())
+    data = load(tmp_path / "set")[0]
+    assert len(data) == 2 and data.centres(torch.tensor([0, 1]), 9).shape == (2, 3, 9, 9)
+
+
+@pytest.mark.parametrize("busy", [0, 0.5])
+def test_workers_that_die_are_one_line(photographs, capsys, busy):
     data = load(photographs, 2)[0]
-    steps = data.load([(1, [CentreCrop(8)])], partial(deadly, os.getpid()), range(4))
+    steps = data.load([(1, [CentreCrop(8)])], partial(deadly, os.getpid(), busy), range(20))
     with pytest.raises(SystemExit) as exit_:
-        list(steps)
+        for _ in steps:
+            time.sleep(busy)  # they die meanwhile
     error = capsys.readouterr().err
     assert exit_.value.code == 2 and error.count("\n") == 1 and "--workers" in error
 
 
-def deadly(parent, step):
-    if os.getpid() != parent:
+def deadly(parent, late, step):
+    if os.getpid() != parent and step == (8 if late else 0):
         os.kill(os.getpid(), signal.SIGKILL)
     return torch.tensor([0]), [[()]]
 
