@@ -286,6 +286,18 @@ def test_finetuning_is_as_long_as_simclrs_where_there_are_images(tmp_path, capsy
     assert ", 60 epochs of 2," in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("protocol", ["finetune", "linear-augmented"])
+def test_only_the_labelled_images_are_trained_on(encoder, monkeypatch, protocol):
+    seen, real = [], common.batches
+    monkeypatch.setattr(common, "batches", lambda data, *a: seen.append(data) or real(data, *a))
+    argv = [str(encoder), "--protocol", protocol, "--epochs", "2", "--seeds", "2"]
+    main([*argv, "--labels", "4"])
+    assert [data.labels.bincount().tolist() for data in seen] == [[4, 4, 4]] * 2
+    assert not torch.equal(seen[0].images, seen[1].images)
+    main(argv)
+    assert len(seen[2]) == 48
+
+
 def test_one_labelled_image_is_too_few(encoder, capsys):
     assert "2) are needed" in refused(capsys, main, [encoder, "--limit", "1"])
 
