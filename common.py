@@ -36,7 +36,7 @@ Recipes = Sequence[tuple[int, Sequence]]  # pairs: number of views V, their oper
 def fail(message: str, alone: bool = False) -> NoReturn:
     """Stop for what a user can mend: one line on stderr (one a machine, or `alone`), code 2."""
     if alone or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print("error:", *message.splitlines(), file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 

@@ -51,6 +51,7 @@ from common import ImageSet, RandomResizedCrop, fail
 STATISTICS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # mean and deviation
               "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)), "none": ()}
 RESNETS = (*common.ARCHITECTURES[1:], "resnet101", "resnet152", "wide_resnet50_2")
+CACHED = ("linear", "knn")  # protocols that see every image once
 TWINS = ("encoder_k", "momentum", "target", "student")  # which their authors do not evaluate
 
 
@@ -74,9 +75,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     def flag(name: str, help: str, default: object = None, **more: object) -> None:
         shown = "" if default is None else " (default: %(default)s)"
         p.add_argument(name, help=help + shown, default=default, **more)
-    protocols = ("linear", "knn", "linear-augmented", "finetune")
     flag("encoder", help="an encoder.safetensors of these scripts, a foreign checkpoint, or random")
-    flag("--protocol", choices=protocols, default="linear", help="how it is evaluated")
+    flag("--protocol", choices=(*CACHED, "linear-augmented", "finetune"), default="linear",
+         help="how it is evaluated")
     flag("--recipe", choices=RECIPES, help="of linear-augmented (default: the encoder's or simclr)")
     flag("--data", help=f"{', '.join(common.SETS)} or a folder (default: what it was trained on)")
     flag("--root", default="data", help="folder where torchvision's sets are or will be put")
@@ -101,9 +102,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         part = name == "labels" and value and value > 1 and value % 1
         if isinstance(value, int | float) and (not 0 < value < math.inf or part):
             fail(f"--{name.replace('_', '-')} {value} is out of range")
-    args.cached = args.protocol in ("linear", "knn")
     file = args.features
-    if file and (not args.cached or file.exists() or not file.parent.is_dir()):
+    if file and (args.protocol not in CACHED or file.exists() or not file.parent.is_dir()):
         fail(f"--features {file}: of linear or knn, a new name in a folder that exists")
     return args
 
@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         fail("Accelerate runs one process, not several; CPU: ACCELERATE_USE_CPU=true torchrun ...")
     if device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ:
         torch.set_num_threads(os.cpu_count() // processes or 1)  # accelerate launch: one
-    untrained, about, said = args.encoder == "random", {}, ""
+    cached, untrained, about, said = args.protocol in CACHED, args.encoder == "random", {}, ""
     if not untrained:
         encoder, about, said = open_encoder(args.encoder)
     data = args.data or about.get("data", "" if said else "fashion-mini")
@@ -245,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.labels and args.labels > (least := int(labels.bincount().min())):
         fail(f"--labels {args.labels}: a class has only {least} images")
     draws = [common.some_of_each(labels, args.labels, common.generator(seed)) if args.labels else
-             torch.arange(len(bank)) for seed in range(args.seeds or 1 + 2 * args.cached)]
+             torch.arange(len(bank)) for seed in range(args.seeds or 1 + 2 * cached)]
     used = len(draws[0])
     if used < (needed := args.knn_k if args.protocol == "knn" else 2):
         fail(f"{needed} labelled images (--knn-k, or 2) are needed; --limit, --labels leave {used}")
@@ -256,10 +256,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         epochs = max(epochs * (1 + (used < 0.05 * len(bank))), -(-500 // (used // batch)))
     recipe = recipe._replace(lr=args.lr or recipe.lr * batch / recipe.batch_size,
                              batch_size=batch, epochs=args.epochs or epochs)
-    how = {"linear": "linear", "knn": f"kNN, k = {args.knn_k}, T = {args.knn_temperature}"}.get(
-        args.protocol, f"{args.protocol}, rate {recipe.lr:.4g}, {recipe.epochs} epochs of {batch}")
+    how = {"knn": f"kNN, k = {args.knn_k}, T = {args.knn_temperature}",
+           "linear-augmented": f"linear-augmented, {name}"}.get(args.protocol, args.protocol)
+    how += "" if cached else f", rate {recipe.lr:.4g}, {recipe.epochs} epochs of {batch}"
     how += f", {args.labels:g} labels a class" if args.labels else ", all labels"
-    if not args.cached and (batch < 2 or batch % processes):
+    if not cached and (batch < 2 or batch % processes):
         fail(f"--batch-size: {batch} images a step are less than 2 or no multiple of {processes}")
     per = max(1, (args.batch_size or 256 * processes) // processes)  # images a forward pass
     out = args.out or (Path("runs", f"random-{args.arch}-{Path(data).name}") if untrained
@@ -271,7 +272,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         list.copy(json.loads(record.read_text()) if record.exists() else [])
     except (OSError, ValueError, TypeError) as error:  # the last: it holds no list
         fail(f"{record} cannot be used ({error}): take another --out")
-
     rows, hits = [], []
     for seed, index in enumerate(draws):
         if untrained:
@@ -282,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             before = Normalize(*STATISTICS[statistics]) if statistics != "none" else nn.Identity()
             encoder = nn.Sequential(before, encoder).to(device, memory_format=torch.channels_last)
         state = {k: v.clone() for k, v in encoder.state_dict().items()}
-        if args.cached and fresh:
+        if cached and fresh:
             h, h_test = (common.extract_features(encoder, v, size, per) for v in (bank, test))
         if args.protocol == "knn":
             scores = common.knn_predict(
@@ -306,12 +306,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     mean, std = top.mean(0).tolist(), top.std(0, correction=min(1, len(top) - 1)).tolist()
     say(f"{common.table(rows)}\n{data}, {how}, {len(rows)} seeds: "
         f"top-1 {mean[0]:.2f} ± {std[0]:.2f} %, top-5 {mean[1]:.2f} ± {std[1]:.2f} %")
-    if args.cached:
+    if cached:
         draw_neighbours(out / "neighbours.png", (h, h_test), (bank, test))
     if not accelerator.is_main_process:
         return
     settings = {k: v if isinstance(v, int | float) else str(v) for k, v in vars(args).items() if v}
-    settings |= {"data": data, "image_size": size, "normalize": statistics, "recipe": name}
+    settings |= {"data": data, "image_size": size, "normalize": statistics}
     right = 100 * torch.stack(hits).float().mean(0)
     per_class = {c: right[test.labels == i].mean().item() for i, c in enumerate(bank.classes)}
     result = {"how": how, "settings": settings, "torch": version("torch"), "top-1": mean[0],

@@ -6,7 +6,9 @@
 2. Views a second of the augmentation alone against torchvision's v2 transforms image by image, in
    as many worker processes as there are cores.
 3. With --photographs FOLDER (train/ and val/ with class folders): the share of time for which a
-   ResNet-18 step waits for files that are read anew each epoch, views of 128 and 224 pixels.
+   ResNet-18 step waits for files that are read anew each epoch, views of 128 and 224 pixels, and
+   how many images a second the readers make alone.
+4. Grey levels between views of the same parameters from memory and from files read anew.
 """
 
 import argparse
@@ -128,6 +130,24 @@ def waiting(photographs: str, folder: str) -> None:
         row = json.loads(Path(out, "metrics.jsonl").read_text().splitlines()[-1])
         print(f"photographs, 2 views of {size} px: {row['images_per_s']:.1f} images/s, waiting for "
               f"files {100 * row['wait']:.2f} % of the second epoch")
+        files = common.load_splits(photographs, "", None, torch.device("cpu"), stream=True)[0]
+        crop = [(2, [common.RandomResizedCrop(size)])]
+        for step, _, _ in common.batches(files, crop, 64, 0, 0, 60):
+            if step == 14:  # warm-up
+                began = time.perf_counter()
+        print(f"readers alone: {45 * 64 / (time.perf_counter() - began):.0f} images/s")
+
+
+def rounding(folder: str) -> None:
+    memory, files = (common.load_splits(folder, "", 256, torch.device("cpu"), 2, stream)[0]
+                     for stream in (False, True))
+    for names in (["crop"], ["crop", "color", "gray"]):
+        recipe, worst = [(2, simclr.augmentation(names, 32, 0.08, 0.5))], 0.0
+        pairs = zip(common.batches(memory, recipe, 256, 0, 0, 1),
+                    common.batches(files, recipe, 256, 0, 0, 1), strict=True)
+        for (*_, (a,)), (*_, (b,)) in pairs:
+            worst = max(worst, 255 * (a - b).abs().max().item())
+        print(f"memory and files, {' '.join(names)}: at most {worst:.2f} grey levels apart")
 
 
 if __name__ == "__main__":
@@ -143,6 +163,7 @@ if __name__ == "__main__":
         argv = ["--data", f"{folder}/images", "--out", f"{folder}/run", "--stem", "7x7",
                 "--batch-size", "256", "--epochs", "1", "--image-size", "32"]
         end_to_end(simclr, argv, 256, 2, turns)
+        rounding(f"{folder}/images")
         if args.photographs:
             waiting(args.photographs, folder)
     augmentation(turns)

@@ -261,10 +261,10 @@ def test_rate_and_epochs_follow_batch_and_labels(encoder, capsys):
         (["finetune", "--labels", "3"], "finetune, rate 0.001758, 500 epochs of 9, 3 labels"),
         (["finetune", "--limit", "40", "--epochs", "7"], "rate 0.007812, 7 epochs of 40,"),
         (["linear-augmented", "--recipe", "supcon", "--batch-size", "16", "--epochs", "1"],
-         "linear-augmented, rate 0.1562, 1 epochs of 16, all labels,"),
+         "linear-augmented, supcon, rate 0.1562, 1 epochs of 16, all labels,"),
         (["linear-augmented", "--recipe", "moco", "--lr", "3", "--epochs", "2"],
-         "linear-augmented, rate 3, 2 epochs of 48,"),
-        (["linear-augmented", "--epochs", "1"], "rate 0.01875, 1 epochs of 48,"),
+         "linear-augmented, moco, rate 3, 2 epochs of 48,"),
+        (["linear-augmented", "--epochs", "1"], "simclr, rate 0.01875, 1 epochs of 48,"),
     ]:
         main([str(encoder), "--protocol", *more])
         assert expected in capsys.readouterr().out
