@@ -2,6 +2,7 @@
 
 import atexit
 import hashlib
+import json
 import math
 import os
 import signal
@@ -53,7 +54,6 @@ def generator(*key: int) -> torch.Generator:
     state = np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)  # (1,) ≠ (1, 0)
     return torch.Generator().manual_seed(int(state[0]))
 
-
 # ------------------------------------------------------------------------------- image operations
 # On x [B, C, H, W], float32 in 0..1, C 1 or 3. draw(n, rng) gives the parameters of n images, CPU
 # tensors of n rows, distributed as in torchvision's transform of the same name; with rows of them
@@ -74,7 +74,6 @@ class RandomResizedCrop(NamedTuple):
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
-
     def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         return torch.rand(n, 22, generator=rng), torch.rand(n, generator=rng) < self.flip
 
@@ -98,7 +97,6 @@ class RandomResizedCrop(NamedTuple):
 
     def __call__(self, x: Tensor, u: Tensor, flip: Tensor) -> Tensor:
         """x [B, C, H, W] uint8 or float → [B, C, size, size]: two matrix products an image."""
-
         def filters(start: Tensor, length: Tensor, n: int) -> Tensor:  # [B, 1] each → [B, size, n]
             scale, pixel = length[..., None] / self.size, torch.arange(n, device=x.device)
             out = torch.arange(self.size, device=x.device)[:, None] + 0.5
@@ -106,7 +104,6 @@ class RandomResizedCrop(NamedTuple):
             inside = (pixel >= start) & (pixel < start + length)
             w = distance.abs_().neg_().add_(1).clamp_(min=0).mul_(inside[:, None])
             return w.div_(w.sum(2, keepdim=True))
-
         top, left, height, width = beside(x, self.boxes(u, *x.shape[2:]).float()).split(1, dim=1)
         rows, columns = filters(top, height, x.shape[2]), filters(left, width, x.shape[3])
         columns = torch.where(beside(x, flip)[:, None, None], columns.flip(1), columns)
@@ -123,12 +120,10 @@ class RandomResizedCrop(NamedTuple):
 class CentreCrop(NamedTuple):
     """The middle square, resized; above 64 pixels, as usual, of 224/256 of the shorter side."""
     size: int
-
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., H, W] → [..., size, size] of its type."""
         side = round(min(x.shape[-2:]) * (1 if self.size <= 64 else 224 / 256))
         return TF.resize(TF.center_crop(x, [side]), [self.size] * 2)
-
     cut = __call__
 
 
@@ -138,7 +133,6 @@ class ColorJitter(NamedTuple):
     contrast: float
     saturation: float
     hue: float
-
     def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         middle, strength = torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor(self)
         low = torch.maximum(middle - strength, torch.tensor([0.0, 0.0, 0.0, -0.5]))
@@ -176,7 +170,6 @@ class GaussianBlur(NamedTuple):
     """Blur with a sigma, in pixels, uniform between two; the borders reflect."""
     kernel_size: int
     sigma: tuple[float, float]
-
     def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor]:
         return (self.sigma[0] + (self.sigma[1] - self.sigma[0]) * torch.rand(n, generator=rng),)
 
@@ -195,7 +188,6 @@ class RandomApply(NamedTuple):
     """On each image with probability p: an operation, or a function of x (torchvision's, say)."""
     operation: Callable[..., Tensor]
     p: float
-
     def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, ...]:
         drawn = self.operation.draw(n, rng) if hasattr(self.operation, "draw") else ()
         return torch.rand(n, generator=rng) < self.p, *drawn
@@ -204,7 +196,6 @@ class RandomApply(NamedTuple):
         i = chosen.nonzero()[:, 0]  # on the CPU: its size is known without a wait
         there = beside(x, i)
         return x.index_copy(0, there, self.operation(x[there], *(v[i] for v in drawn)))
-
 
 # ------------------------------------------------------------------------------------------- data
 @dataclass
@@ -307,9 +298,12 @@ def load_splits(data: str, root: str, limit: int | None, device: torch.device,
     """Images to pretrain on (stl10: unlabelled, else the next), labelled training images and test
     images: of a set by name, or a folder with train and val or test, which hold a folder a class,
     or (the last two None) with images anywhere. limit: the first so many of a fixed shuffle, of
-    training images. Files of one size that fit into memory are read at once, unless `stream`."""
+    training images. Files of one size that fit into memory are read at once, unless `stream`.
+    fail() also where Accelerate runs one process of the several that were asked for."""
+    one_of_many = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ
+    if int(os.environ.get("WORLD_SIZE", 1 + one_of_many)) > PartialState().num_processes:
+        fail("Accelerate runs one process, not several; CPU: ACCELERATE_USE_CPU=true torchrun ...")
     workers = workers or min(16, -(-os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
     def load(split: str) -> ImageSet:
         named = data in SETS
         with PartialState().local_main_process_first() if named else nullcontext():
@@ -325,7 +319,6 @@ def load_splits(data: str, root: str, limit: int | None, device: torch.device,
         if named or isinstance(found.images, Tensor):
             found.images = torch.as_tensor(found.images).to(device)
         return found
-
     if data not in SETS and not any(Path(data, name).is_dir() for name in ("train", "val", "test")):
         return load("all"), None, None
     bank = load("train")
@@ -405,11 +398,9 @@ def draw(images: int, recipes: Recipes, B: int, seed: int, rows: Tensor,
 
 def batches(data: ImageSet, recipes: Recipes, batch_size: int, seed: int, start: int,
             stop: int) -> Iterator[tuple[int, Tensor, list[Tensor]]]:
-    """The steps `start` to `stop` - 1 of a training run: this process's rows of shuffled batches.
-
-    batch_size: of all processes; an epoch's smaller last batch is left out. Yields the step, the
-    images' index [B] and by recipe [V, B, 3, size, size], drawn from (seed, epoch, step).
-    """
+    """The steps `start` to `stop` - 1 of a training run: this process's rows of shuffled batches
+    of batch_size over all processes; an epoch's smaller last one is left out. Yields the step, the
+    images' index [B] and by recipe [V, B, 3, size, size], drawn from (seed, epoch, step)."""
     state, steps = PartialState(), range(start, stop)
     rows = torch.arange(batch_size).chunk(state.num_processes)[state.process_index]
     plan = partial(draw, len(data), recipes, batch_size, seed, rows)
@@ -419,7 +410,6 @@ def batches(data: ImageSet, recipes: Recipes, batch_size: int, seed: int, start:
                 views[i] = operation(views[i], *parameters)
             views[i] = views[i].expand(-1, 3, -1, -1).unflatten(0, (count, -1))
         yield step, index, views
-
 
 # --------------------------------------------------------------------------------------- encoders
 def build_encoder(architecture: str, stem: str = "7x7") -> nn.Module:
@@ -448,8 +438,8 @@ def save_encoder(path: str | Path, encoder: nn.Module, **metadata: object) -> No
         safetensors.torch.save_file(weights, aside, {k: str(v) for k, v in metadata.items()})
 
 
-def load_encoder(path: str | Path) -> tuple[nn.Module, dict[str, str]]:
-    """The encoder of a file that save_encoder wrote, and its metadata; another file: fail()."""
+def load_encoder(path: str | Path, **expected: str) -> tuple[nn.Module, dict[str, str]]:
+    """The encoder of save_encoder's file, and its metadata; another, or unexpected: fail()."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -458,6 +448,8 @@ def load_encoder(path: str | Path) -> tuple[nn.Module, dict[str, str]]:
         encoder.load_state_dict(weights)
     except Exception as error:  # a foreign file leads to nearly everything
         fail(f"{path} is no encoder.safetensors of these scripts ({error!r:.200})")
+    if not expected.items() <= metadata.items():
+        fail(f"{path}: take --arch {metadata['architecture']} --stem {metadata['stem']}")
     return encoder, metadata
 
 
@@ -476,16 +468,13 @@ def extract_features(encoder: nn.Module, data: ImageSet, size: int, batch: int =
     encoder.train(training)
     return gather(torch.cat(h))[: len(data)]  # without what the last process repeated
 
-
 # ------------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
 def knn_predict(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int, temperature: float,
                 num_classes: int | None = None) -> Tensor:
-    """Weighted k nearest neighbours by cosine (Wu et al. 2018, §3.4).
-
-    bank [M, D] and queries [Q, D] (normalised here, in chunks), bank_labels [M] → [Q, num_classes]:
-    exp(cosine / temperature) summed over the k nearest, rows scaled to 1. ValueError: no such k.
-    """
+    """Weighted k nearest neighbours by cosine (Wu et al. 2018, §3.4): bank [M, D] and queries
+    [Q, D] (normalised here, in chunks), bank_labels [M] → [Q, num_classes]: exp(cosine /
+    temperature) summed over the k nearest, rows scaled to 1. ValueError: no such k."""
     if not 1 <= k <= len(bank):
         raise ValueError(f"k = {k} does not fit a bank of {len(bank)}")
     num_classes = num_classes or int(bank_labels.max()) + 1
@@ -499,21 +488,17 @@ def knn_predict(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int, temp
 
 def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, classes: int, seed: int = 0,
                  epochs: int = 20) -> tuple[Tensor, dict[str, float]]:
-    """Logistic regression on fixed features, its rate and decay chosen on a part of x.
-
-    x [N, D], y [N], x_test [M, D] → logits [M, classes] and the choice. A grid is trained side by
-    side on nine tenths of x, and what is best on the held-out tenth (of each class) on all of x.
-    Features are standardised and divided by sqrt(D), so that one grid suits every method.
-    """
+    """Logistic regression on fixed features: x [N, D], y [N], x_test [M, D] → logits [M, classes]
+    and the chosen rate and decay. A grid is trained side by side on nine tenths of x, what is best
+    on the held-out tenth (of each class) on all of x. Features are standardised and divided by
+    sqrt(D), so that one grid suits every method."""
     rng, y = generator(seed), y.to(x.device)
     mean, scale = x.mean(0), (x.std(0) + 1e-6) * x.shape[1] ** 0.5
     x, x_test = (F.pad((v - mean) / scale, (0, 1), value=1) for v in (x, x_test))  # 1: the bias
-
     def losses(i: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:  # [n], [D + 1, G, C] → [n, G] each
         logits = (x[i] @ W.flatten(1)).unflatten(1, W.shape[1:]).transpose(1, 2)
         target = y[i, None].expand(-1, W.shape[1])
         return F.cross_entropy(logits, target, reduction="none"), logits.argmax(1) == target
-
     def train(index: Tensor, grid: Sequence[tuple[float, float]]) -> Tensor:
         n, batch = len(index), min(256, len(index))
         rate, decay = torch.tensor(grid, device=x.device).T
@@ -530,7 +515,6 @@ def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, classes: int, seed: int =
             (rate * loss).sum().backward()
             optimizer.step()
         return W.detach()
-
     order = torch.randperm(len(x), generator=rng)
     order = order[y.cpu()[order].argsort(stable=True)]  # by class: every tenth is a fair tenth
     grid = [(lr, decay) for lr in (1.0, 3.0, 10.0, 30.0, 100.0) for decay in (0.0, 1e-5, 1e-4)]
@@ -561,27 +545,43 @@ def knn_accuracy(encoder: nn.Module, bank: ImageSet, test: ImageSet, size: int) 
     return accuracy(knn_predict(h, bank.labels, h_test, min(20, len(bank)), 0.07), test.labels)
 
 
-def compare(encoders: dict[str, nn.Module], bank: ImageSet, test: ImageSet, size: int,
-            seed: int) -> list[dict]:
-    """Test accuracies in percent, a row an encoder and one for raw pixels: kNN (k 20, T .07) and
-    linear probe, with all labels and, where there are as many, 10 a class (mean of 5 draws)."""
-    classes, sets = int(bank.labels.max()) + 1, {"": [torch.arange(len(bank))]}
-    if bank.labels.bincount().min() >= 10:
-        few = range(5)
-        sets[" (10 a class)"] = [some_of_each(bank.labels, 10, generator(seed, i)) for i in few]
+def compare(encoder: nn.Module, about: dict, bank: ImageSet, test: ImageSet, seed: int) -> list:
+    """Test accuracies in percent of the encoder, the same untrained, and pixels: kNN (k 20, T .07)
+    and linear probe, with all labels and, where there are as many, 10 a class (mean of 5 draws)."""
+    torch.manual_seed(seed)
+    random = build_encoder(about["architecture"], about["stem"]).to(PartialState().device)
+    encoders = {about["method"]: encoder, "random": random, "raw pixels": nn.Flatten()}
+    size, y, sets = about["image_size"], bank.labels, {"": [torch.arange(len(bank))]}
+    if y.bincount().min() >= 10:
+        sets[" (10 a class)"] = [some_of_each(y, 10, generator(seed, i)) for i in range(5)]
     rows = []
-    for features, encoder in (encoders | {"raw pixels": nn.Flatten()}).items():
+    for features, encoder in encoders.items():
         x, x_test = (extract_features(encoder, images, size) for images in (bank, test))
         rows.append({"features": features})
         for name, indices in sets.items():
             hits = torch.zeros(2)
             for i in indices:
-                y = bank.labels[i]
-                scores = knn_predict(x[i], y, x_test, min(20, len(i)), 0.07, classes)
-                logits, _ = linear_probe(x[i], y, x_test, classes, seed)
+                scores = knn_predict(x[i], y[i], x_test, min(20, len(i)), 0.07, int(y.max()) + 1)
+                logits, _ = linear_probe(x[i], y[i], x_test, int(y.max()) + 1, seed)
                 hits += torch.tensor([accuracy(v, test.labels) for v in (scores, logits)])
             rows[-1][f"kNN{name}"], rows[-1][f"linear{name}"] = (hits / len(indices)).tolist()
     return rows
+
+
+def finish(out: Path, encoder: nn.Module, about: dict, bank: ImageSet | None,
+           test: ImageSet | None, seed: int, last: dict) -> None:
+    """The end of a run, whose last row is `last`: its table, printed and as results.json, and
+    encoder.safetensors with `about`: method, architecture, stem, image_size, data."""
+    rows = [{"features": about["method"], "loss": last["loss"], "kNN": last.get("knn", "-")}]
+    if bank and about["image_size"] <= 64:
+        rows = compare(encoder, about, bank, test, seed)
+    PartialState().print(
+        f"test accuracy in percent:\n{table(rows)}\n"
+        f"more: python linear_eval.py {out}/encoder.safetensors")
+    if PartialState().is_main_process:
+        save_encoder(out / "encoder.safetensors", encoder, **about)
+        with written_aside(out / "results.json") as aside:
+            aside.write_text(json.dumps(rows, indent=1))
 
 
 def table(rows: Sequence[dict]) -> str:

@@ -64,7 +64,6 @@ RECIPES = {"moco": Recipe(30, 256, 100, factor=0.1, drops=(0.6, 0.8)),
            "supcon": Recipe(5, 512, 100, factor=0.2, drops=(0.6, 0.75, 0.9))}
 FINETUNE = Recipe(0.05, 256, 30, nesterov=True)
 
-
 # ----------------------------------------------------------------------------- arguments
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags, checked as far as they can be without the data."""
@@ -106,7 +105,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if file and (args.protocol not in CACHED or file.exists() or not file.parent.is_dir()):
         fail(f"--features {file}: of linear or knn, a new name in a folder that exists")
     return args
-
 
 # ------------------------------------------------------------------------------ encoders
 def flatten(tree: object, *path: str) -> Iterator[tuple[str, Tensor]]:
@@ -159,7 +157,6 @@ def open_encoder(path: str) -> tuple[nn.Module, dict[str, str], str]:
     unused.update(prefix + k.split(".")[0] for k in weights if k not in wanted)
     return encoder, {}, f"{architecture}, {stem} stem, from {prefix or 'the top'}; not used: " + (
         ", ".join(f"{k} ({n})" for k, n in unused.items()) or "nothing")
-
 
 # ----------------------------------------------------------------------------- protocols
 def train(encoder: nn.Module, data: ImageSet, classes: int, size: int, recipe: Recipe, frozen: bool,
@@ -216,16 +213,12 @@ def draw_neighbours(path: Path, features: Sequence[Tensor], sets: Sequence[Image
     framed[:, :, frame:-frame, frame:-frame] = shown.cpu()
     common.save_pictures(path, framed, 1 + near.shape[1])
 
-
 # ---------------------------------------------------------------------------------- main
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate args.encoder, print the table and add the result to eval.json."""
     args = parse_arguments(argv)
     accelerator = Accelerator()
     device, processes, say = accelerator.device, accelerator.num_processes, accelerator.print
-    one_of_many = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ
-    if int(os.environ.get("WORLD_SIZE", 1 + one_of_many)) > processes:
-        fail("Accelerate runs one process, not several; CPU: ACCELERATE_USE_CPU=true torchrun ...")
     if device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ:
         torch.set_num_threads(os.cpu_count() // processes or 1)  # accelerate launch: one
     cached, untrained, about, said = args.protocol in CACHED, args.encoder == "random", {}, ""

@@ -43,14 +43,12 @@ LR_4096 = {"lars": 4.8, "sgd": 0.48, "adamw": 0.008}  # peak rates at batch 4096
 MAY_BE_0 = {"head_layers", "color_strength", "warmup_epochs", "weight_decay", "seed"}
 MAY_CHANGE = {"root", "eval_every", "workers", "out", "log_with"}  # when a run goes on
 
-
 # ----------------------------------------------------------------------------- arguments
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags, checked as far as they can be without the data."""
     p = argparse.ArgumentParser("simclr.py", epilog=f"defaults with the bundled images: {BUNDLED}",
                                 description="SimCLR pretraining", allow_abbrev=False)
     p.error = fail
-
     def flag(name: str, help: str, default: object = None, **more: object) -> None:
         shown = "" if default is None else " (default: %(default)s)"
         p.add_argument(name, help=help + shown, default=default, **more)
@@ -94,7 +92,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args.out = Path(args.out or f"runs/simclr-{Path(args.data).name}")
     return args
 
-
 # -------------------------------------------------------------------------- augmentation
 def augmentation(names: Sequence[str], size: int, crop_scale: float, s: float) -> list:
     """Appendix A, in the paper's order; without "crop" the whole image, resized."""
@@ -106,7 +103,6 @@ def augmentation(names: Sequence[str], size: int, crop_scale: float, s: float) -
         "blur": RandomApply(GaussianBlur(size // 10 | 1, (0.1, 2.0)), p=0.5),
     }
     return [operation for name, operation in recipe.items() if name in ("crop", *names)]
-
 
 # --------------------------------------------------------------------------------- model
 def projection_head(width: int, layers: int, hidden: int, dim: int) -> nn.Sequential:
@@ -120,7 +116,6 @@ def projection_head(width: int, layers: int, hidden: int, dim: int) -> nn.Sequen
     if head:
         head[-1].bias.requires_grad_(False)
     return nn.Sequential(*head)
-
 
 # ---------------------------------------------------------------------------------- loss
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
@@ -144,7 +139,6 @@ def gather(z: Tensor, accelerator: Accelerator) -> Tensor:
     everyone = list(accelerator.gather(z.detach()).chunk(P))
     everyone[own] = z.detach() + P * (z - z.detach())
     return torch.cat(everyone)
-
 
 # ---------------------------------------------------------------- optimiser and schedule
 class LARS(torch.optim.Optimizer):
@@ -174,7 +168,6 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
-
 # ---------------------------------------------------------------------------------- main
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, evaluate and leave a run in --out; the same arguments again go on with it."""
@@ -182,9 +175,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     out, torch.backends.cudnn.benchmark = args.out, True
     accelerator = Accelerator(log_with=args.log_with, project_dir=out)
     device, processes, say = accelerator.device, accelerator.num_processes, accelerator.print
-    one_of_many = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ
-    if int(os.environ.get("WORLD_SIZE", 1 + one_of_many)) > processes:
-        fail("Accelerate runs one process, not several; CPU: ACCELERATE_USE_CPU=true torchrun ...")
     if device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ:
         torch.set_num_threads(os.cpu_count() // processes or 1)  # accelerate launch: one
     data, bank, test = common.load_splits(
@@ -220,11 +210,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return say(f"{out} is finished; test accuracy in percent:\n{common.table(results)}")
     torch.manual_seed(args.seed)
     about = {"architecture": args.arch, "stem": stem}
-    encoder = common.build_encoder(**about)
-    if args.init:
-        encoder, of = common.load_encoder(args.init)
-        if not about.items() <= of.items():
-            fail(f"--init {args.init}: take --arch {of['architecture']} --stem {of['stem']}")
+    encoder = common.load_encoder(args.init, **about)[0] if args.init else (
+        common.build_encoder(**about))
     head = projection_head(encoder.width, args.head_layers, args.hidden, args.dim)
     net = nn.Sequential(encoder, head).to(device, memory_format=torch.channels_last)
     if processes > 1 and device.type == "cuda":  # it has no CPU kernel
@@ -240,22 +227,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         done, rows, sums = min(state["step"], steps - new), state["rows"], state["sums"].to(device)
         say(f"going on after step {done} of {steps}"
             + f"; the files changed: {old['images']}, now {data.fingerprint}" * new)
-
-    def save() -> None:
-        if accelerator.is_main_process:
-            state = {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
-            with common.written_aside(out / "metrics.jsonl") as aside:
-                aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            with common.written_aside(out / "checkpoint.pt") as aside:
-                torch.save(state | {"step": done, "rows": rows, "sums": sums}, aside)
-
     signals, halt = [], 0  # looked at between steps; launchers repeat one, the third ends the run
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda n, _: signals.append(n) or (signals[2:] and os._exit(128 + n)))
     accelerator.init_trackers("simclr", {k: str(v) for k, v in settings.items()})
     N, chance = args.batch_size, math.log(2 * args.batch_size - 1)  # least: a simplex of N points
     least = math.log1p((2 * N - 2) * math.exp(-N / (N - 1) / args.temperature))
-    broken = torch.tensor(-1, device=device)  # the first step whose loss is not finite
     look = 1 if device.type == "cpu" else 20  # steps between two looks at what is on the device
     saved, began, epoch_start = time.monotonic(), time.monotonic(), done
     stream = common.batches(data, [(2, recipe)], args.batch_size, args.seed, done, steps)
@@ -273,15 +250,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         optimizer.step()
         spread = F.normalize(z1.detach(), dim=1).std(0).mean() * z1.shape[1] ** 0.5
         sums += torch.stack([loss.detach(), spread, torch.ones_like(spread)])
-        broken = torch.where((broken < 0) & ~loss.isfinite(), step, broken)
         done = step + 1
         epoch_ends = done % epoch_steps == 0 or done == steps
         if done % look and not epoch_ends:
             continue
-        flags = torch.stack([broken >= 0, torch.tensor(bool(signals), device=device)])
+        flags = torch.stack([~sums[0].isfinite(), torch.tensor(bool(signals), device=device)])
         nan, halt = accelerator.reduce(flags.float()).tolist()
         if nan:
-            fail(f"the loss of step {int(broken)} is not finite: take a lower --lr, another --out")
+            fail(f"the loss of step {step} is not finite: take a lower --lr, another --out")
         if epoch_ends:
             seconds, n = time.monotonic() - began, done - epoch_start
             mean, spread, _ = (sums / sums[2]).tolist()
@@ -300,8 +276,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             accelerator.log(row, step=done)
             sums.zero_()
             epoch_start, began, data.waited = done, time.monotonic(), 0.0
-        if epoch_ends or halt or time.monotonic() - saved > 600:
-            save()
+        if accelerator.is_main_process and (epoch_ends or halt or time.monotonic() - saved > 600):
+            with common.written_aside(out / "metrics.jsonl") as aside:
+                aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            with common.written_aside(out / "checkpoint.pt") as aside:
+                torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict(),
+                            "step": done, "rows": rows, "sums": sums}, aside)
             saved = time.monotonic()
         if halt:
             break
@@ -309,20 +289,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if halt or signals:  # the latter: while the last epoch was evaluated
         say(f"stopped after step {done} of {steps}; the same command goes on from there")
         raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signals += [0, 0]  # from here on the first one ends the run
     about |= {"method": "simclr", "image_size": size, "data": args.data}
-    rows = [{"features": "simclr", "loss": rows[-1]["loss"], "kNN": rows[-1].get("knn", "-")}]
-    if bank and size <= 64:
-        torch.manual_seed(args.seed)
-        encoders = {"simclr": encoder, "random": common.build_encoder(args.arch, stem).to(device)}
-        rows = common.compare(encoders, bank, test, size, args.seed)
-    say(f"test accuracy in percent:\n{common.table(rows)}\n"
-        f"more: python linear_eval.py {out}/encoder.safetensors")
-    if accelerator.is_main_process:
-        common.save_encoder(out / "encoder.safetensors", encoder, **about)
-        with common.written_aside(out / "results.json") as aside:
-            aside.write_text(json.dumps(rows, indent=1))
+    common.finish(out, encoder, about, bank, test, args.seed, rows[-1])
     accelerator.end_training()
 
 
