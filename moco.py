@@ -98,8 +98,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         top = {"crop_scale": 1, "key_momentum": 1, "seed": 2**63 - 1}.get(k, sys.float_info.max)
         if isinstance(v, int | float) and not (0 < v <= top or (v == 0 and k in MAY_BE_0)):
             fail(f"--{k.replace('_', '-')} {v} is out of range")
-    if not all(0 <= v <= top for v, top in zip(args.jitter, (9, 9, 9, 0.5, 1), strict=True)):
-        fail(f"--jitter {args.jitter} is out of range")
+    if min(args.jitter) < 0 or args.jitter[3] > 0.5 or args.jitter[4] > 1:
+        fail(f"--jitter {args.jitter}: take 0 or more, of the hue to 0.5, the probability to 1")
     args.lr = args.lr or LR_256[args.optimizer] * args.batch_size / 256
     args.out = Path(args.out or f"runs/moco-{Path(args.data).name}")
     return args
@@ -171,8 +171,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         fail(f"--batch-size: take 2 to {len(data)} images, a multiple of {processes} processes")
     groups = math.gcd(N // processes, 8 // processes or 1) if N >= 256 else 1  # a process's
     splits = args.bn_splits = args.bn_splits or processes * groups
-    if N * V % splits or splits % processes:
-        fail(f"--bn-splits {splits}: take a multiple of {processes} that divides {N * V} queries")
+    if N * V % splits or splits == N * V or splits % processes:
+        fail(f"--bn-splits {splits}: take a multiple of {processes} that divides {N * V} queries "
+             "into groups of two or more")
     K = args.queue_size or max(N * V, min(65536, 1 << (len(data) // 8 or 1).bit_length() - 1))
     args.queue_size = K
     if K < N * V:
@@ -210,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     head = torchvision.ops.MLP(encoder.width, [args.hidden] * (args.head_layers - 1) + [args.dim])
     net = nn.Sequential(encoder, head).to(device, memory_format=torch.channels_last)
     for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):  # its average over a step's groups
+        if isinstance(module, nn.BatchNorm2d):  # all groups of a step are one step of its averages
             module.__class__, module.splits = SplitBatchNorm, splits // processes
             module.momentum /= module.splits
     keys = copy.deepcopy(net).requires_grad_(False)

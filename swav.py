@@ -294,7 +294,7 @@ def main(argv: list[str] | None = None) -> None:
                 row["knn"] = common.knn_accuracy(encoder, bank, test, size)
             bar.clear()
             say(" · ".join(f"{k} {v:.4g}" for k, v in row.items()))
-            if done > max(warmup, freeze, epoch_steps) and (mean > 0.98 * chance or spread < 0.1):
+            if done > max(warmup, freeze) and min(spread, 5 * abs(mean / chance - 1)) < 0.1:
                 say("warning: it collapses: the loss stays at chance, or the spread at 0; lower "
                     "--epsilon, longer --freeze-prototypes, later --queue-start, less --prototypes")
             rows.append(row)

@@ -209,12 +209,14 @@ def test_comparison_tells_good_features_from_bad_and_counts_labels():
             return F.one_hot((x[:, 0, 0, 0] * 2.55).round().long(), 3).float() + 0.1
 
     data = ImageSet(pixels, y)
-    rows = common.compare({"good": Good()}, data, data, 8, seed=0)
-    assert [row["features"] for row in rows] == ["good", "raw pixels"]
+    about = {"method": "good", "architecture": "small", "stem": "3x3", "image_size": 8}
+    rows = common.compare(Good(), about, data, data, seed=0)
+    assert [row["features"] for row in rows] == ["good", "random", "raw pixels"]
     assert rows[0]["kNN"] == rows[0]["linear"] == rows[0]["linear (10 a class)"] == 100
-    assert rows[1]["kNN (10 a class)"] < 80
+    assert rows[2]["kNN (10 a class)"] < 80
+    assert rows[1] == common.compare(Good(), about, data, data, seed=0)[1]  # by the seed
     few = ImageSet(pixels[:20], y[:20])
-    assert set(common.compare({}, few, data, 8, seed=0)[0]) == {"features", "kNN", "linear"}
+    assert set(common.compare(Good(), about, few, data, 0)[0]) == {"features", "kNN", "linear"}
     assert "raw pixels" in common.table(rows) and "100.0" in common.table(rows)
 
 

@@ -90,3 +90,75 @@ def test_fewer_processes_than_asked_for_is_said(script, folder, tmp_path):
     done = subprocess.run(launch, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0 and "error: Accelerate runs one process" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def methods(folder, tmp_path_factory):
+    """Steps of moco.py and swav.py on one process and on two."""
+    out, saved = tmp_path_factory.mktemp("methods"), {}
+    shared = ["--data", folder, *TINY, "--batch-size", "8", "--max-steps", "5", "--optimizer",
+              "sgd", "--warmup-epochs", "0", "--lr", "0.1"]
+    more = {"moco": ["--bn-splits", "4", "--queue-size", "20", "--key-momentum", "0.5"],
+            "swav": ["--prototypes", "4", "--head-layers", "1", "--queue-size", "10",
+                     "--queue-start", "0.2", "--freeze-prototypes", "0.4"]}
+    os.environ["PYTHONPATH"] = str(ROOT)
+    try:
+        for method in more:
+            for n in (1, 2):
+                path = out / f"{method}{n}"
+                argv = [method, path, *shared, *more[method], "--out", f"{path}-run"]
+                code, _, err = finish(command("tests/two_methods.py", *argv, processes=n))
+                assert code == 0, err
+                saved[method, n] = torch.load(path, weights_only=True)
+                saved[method, n]["rows"] = metrics(path.with_name(f"{path.name}-run"))
+    finally:
+        del os.environ["PYTHONPATH"]
+    return saved
+
+
+@pytest.mark.parametrize("method", ["moco", "swav"])
+def test_a_methods_gradients_and_rows_on_two_processes_are_those_on_one(methods, method):
+    one, two = methods[method, 1], methods[method, 2]
+    assert len(one["gradients"]) == len(two["gradients"]) == 5
+    for mine, theirs in zip(two["gradients"], one["gradients"], strict=True):
+        assert len(mine) == len(theirs) > 3
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    assert [row["loss"] for row in two["rows"]] == pytest.approx([
+        row["loss"] for row in one["rows"]], rel=1e-4)
+
+
+def test_mocos_keys_queue_and_permutation_on_two_processes_are_those_on_one(methods):
+    # Batch norm in 4 groups of 2: another permutation would give other keys.
+    for one, two in zip(methods["moco", 1]["steps"], methods["moco", 2]["steps"], strict=True):
+        for name in ("q", "k"):
+            torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-5)
+        first, second = two["queues"]
+        assert torch.equal(first, second)  # both processes hold all keys
+        torch.testing.assert_close(first, one["queues"][0], rtol=1e-3, atol=1e-5)
+
+
+def test_swavs_codes_on_two_processes_are_those_on_one(methods):
+    for one, two in zip(methods["swav", 1]["steps"], methods["swav", 2]["steps"], strict=True):
+        for name in ("scores", "codes"):
+            torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["moco", "swav"])
+def test_a_method_on_two_processes_leaves_one_run_that_goes_on(method, folder, tmp_path):
+    more = ["--prototypes", "4"] if method == "swav" else ["--symmetric"]
+    argv = ["--data", folder, *TINY, "--batch-size", "8", *more, "--out", tmp_path / "run"]
+    whole = [*argv[:-1], tmp_path / "whole"]
+    code, _, err = finish(command(f"{method}.py", *whole, processes=2))
+    assert code == 0, err
+    process = command(f"{method}.py", *argv, processes=2)
+    while not (tmp_path / "run" / "checkpoint.pt").exists() and process.poll() is None:
+        pass
+    process.terminate()
+    finish(process)
+    code, _, err = finish(command(f"{method}.py", *argv, processes=2))
+    assert code == 0, err
+    ends = [torch.load(out / "checkpoint.pt", weights_only=True)
+            for out in (tmp_path / "whole", tmp_path / "run")]
+    for name, value in ends[0]["model"].items():
+        assert torch.equal(value, ends[1]["model"][name])

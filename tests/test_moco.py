@@ -1,0 +1,281 @@
+"""moco.py: loss, momentum, queue, shuffled and split batch norm, and what the versions set."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, metrics, refused, write_folder
+from torch import nn
+
+import common
+import moco
+from moco import SplitBatchNorm, augmentation, info_nce, learning_rate, momentum_update
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """27 images: 6 steps an epoch at batch 4."""
+    return write_folder(tmp_path_factory.mktemp("few") / "stripes", 9)
+
+
+def run(folder, out, *more):
+    moco.main(["--data", str(folder), "--out", str(out), *TINY, *map(str, more)])
+    return out
+
+
+def checkpoint(out):
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def unit(*shape):
+    return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
+
+
+# ----------------------------------------------------------------------------------------- loss
+def slow_info_nce(q, k, queue, temperature):
+    """Eq. 1 for each query, term by term."""
+    total = 0
+    for i in range(len(q)):
+        positive = (q[i] @ k[i] / temperature).exp()
+        negatives = sum((q[i] @ key / temperature).exp() for key in queue)
+        total = total - torch.log(positive / (positive + negatives))
+    return total / len(q)
+
+
+@pytest.mark.parametrize(("N", "D", "K", "T"), [(1, 3, 2, 0.07), (5, 4, 7, 0.2), (7, 16, 3, 1.0)])
+def test_info_nce_and_its_gradients_are_those_of_equation_1(N, D, K, T):
+    torch.manual_seed(N)
+    q, k, queue = (unit(n, D).requires_grad_() for n in (N, N, K))
+    ours, slow = info_nce(q, k, queue, T), slow_info_nce(q, k, queue, T)
+    torch.testing.assert_close(ours, slow, rtol=1e-12, atol=1e-12)
+    for mine, theirs in zip(torch.autograd.grad(ours, (q, k, queue)),
+                            torch.autograd.grad(slow, (q, k, queue)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("K", "T", "value"), [(4096, 0.1, 0.1705510), (65536, 0.2, 6.0926169)])
+def test_info_nce_of_a_matching_key_and_orthogonal_negatives(K, T, value):
+    q, other = torch.eye(2, dtype=torch.float64).split(1)
+    assert abs(info_nce(q, q, other.expand(K, -1), T).item() - value) < 5e-8
+
+
+def test_info_nce_of_equal_logits_is_the_chance_that_a_run_shows(folder, tmp_path):
+    q = unit(1, 8)
+    out = run(folder, tmp_path / "run", "--queue-size", 9, "--max-steps", 1)
+    chance = metrics(out)[0]["chance"]
+    assert abs(info_nce(q, q, q.expand(9, -1), 0.2).item() - chance) < 1e-12
+    assert chance == math.log(10)
+
+
+@pytest.mark.parametrize("shapes", [((3, 4), (2, 4), (5, 4)), ((3, 4), (3, 4), (5, 3)),
+                                    ((3, 4, 1), (3, 4, 1), (5, 4, 1))])
+def test_info_nce_refuses_other_shapes(shapes):
+    with pytest.raises(ValueError, match="queue"):
+        info_nce(*map(torch.rand, shapes), 0.1)
+
+
+# --------------------------------------------------------------------------- momentum and queue
+def test_momentum_update_moves_parameters_only_towards_the_queries():
+    torch.manual_seed(0)
+    queries, keys = (nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)) for _ in range(2))
+    queries(torch.rand(2, 3, 4, 4))
+    expected = [0.9 * k + 0.1 * q for k, q in zip(keys.parameters(), queries.parameters(),
+                                                  strict=True)]
+    buffers = [b.clone() for b in keys.buffers()]
+    momentum_update(keys, queries, 0.9)
+    torch.testing.assert_close([*keys.parameters()], [p.detach() for p in expected])
+    assert all(torch.equal(a, b) for a, b in zip(keys.buffers(), buffers, strict=True))
+
+
+def test_keys_start_as_the_queries_and_follow_by_momentum(folder, tmp_path):
+    first = checkpoint(run(folder, tmp_path / "a", "--max-steps", 1, "--key-momentum", 0.75))
+    torch.manual_seed(0)
+    start = common.build_encoder("small", "3x3").state_dict()
+    for name, value in start.items():  # the first update moved them nowhere
+        if name.endswith(("weight", "bias")):
+            torch.testing.assert_close(first["keys"][f"0.{name}"], value)
+    second = checkpoint(run(folder, tmp_path / "b", "--max-steps", 2, "--key-momentum", 0.75,
+                            "--schedule", "steps", "--warmup-epochs", 0, "--optimizer", "sgd"))
+    first = checkpoint(run(folder, tmp_path / "c", "--max-steps", 1, "--key-momentum", 0.75,
+                           "--schedule", "steps", "--warmup-epochs", 0, "--optimizer", "sgd"))
+    names = [name for name in first["model"] if name.endswith(("weight", "bias"))]
+    assert any(name.startswith("1.") for name in names)  # the head, too
+    for name in names:
+        expected = 0.75 * first["keys"][name] + 0.25 * first["model"][name]
+        torch.testing.assert_close(second["keys"][name], expected)
+    assert not torch.equal(first["keys"]["1.0.weight"], second["keys"]["1.0.weight"])
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_keys_join_the_queue_after_the_logits_and_the_write_wraps(folder, tmp_path, monkeypatch,
+                                                                  symmetric):
+    calls, real = [], moco.info_nce
+
+    def noting(q, k, queue, temperature):
+        calls.append((q.detach(), k.clone(), queue.clone()))
+        return real(q, k, queue, temperature)
+
+    monkeypatch.setattr(moco, "info_nce", noting)
+    out = run(folder, tmp_path / "run", "--queue-size", 10, "--max-steps", 4,
+              *["--symmetric"] * symmetric)
+    n = 8 if symmetric else 4
+    expected = calls[0][2].clone()  # random unit vectors
+    torch.testing.assert_close(expected.norm(dim=1), torch.ones(10))
+    for step, (q, k, queue) in enumerate(calls):
+        assert q.shape == k.shape == (n, 8) and not k.requires_grad
+        torch.testing.assert_close(q.norm(dim=1), torch.ones(n))
+        torch.testing.assert_close(queue, expected)
+        assert (q @ queue.T).max() < 0.99999 and (k @ queue.T).max() < 0.99999  # none of this step
+        for i, key in enumerate(k):
+            expected[(step * n + i) % 10] = key
+    torch.testing.assert_close(checkpoint(out)["keys"]["queue"], expected)
+
+
+def test_symmetric_makes_each_view_a_query_and_the_others_key(folder, tmp_path, monkeypatch):
+    calls, real = [], moco.info_nce
+
+    def noting(q, k, queue, temperature):
+        calls.append((q.detach(), k))
+        return real(q, k, queue, temperature)
+
+    monkeypatch.setattr(moco, "info_nce", noting)
+    run(folder, tmp_path / "run", "--symmetric", "--max-steps", 1)
+    q, k = calls[0]  # at the first step both encoders are one: rows 2i and 2i + 1 change places
+    torch.testing.assert_close(k, q.view(4, 2, -1).flip(1).flatten(0, 1), rtol=1e-4, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------- batch norm
+def test_split_batch_norm_is_batch_norm_of_each_part():
+    torch.manual_seed(0)
+    x, whole, split = torch.randn(6, 3, 2, 2), nn.BatchNorm2d(3), SplitBatchNorm(3)
+    split.splits, split.momentum = 1, 0.1
+    torch.testing.assert_close(split(x), whole(x))
+    torch.testing.assert_close(split.running_var, whole.running_var)
+    split.splits = 3
+    torch.testing.assert_close(split(x), torch.cat([whole(part) for part in x.split(2)]))
+    split.eval(), whole.eval(), whole.load_state_dict(split.state_dict())
+    torch.testing.assert_close(split(x), whole(x))
+
+
+class Recording(nn.Module):
+    """An encoder that notes the batches it is trained on."""
+    width, seen = 12, None
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        if self.training:
+            self.seen.append((x.detach(), self.norm.splits))
+        return self.norm(x).mean(3).mean(1)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_keys_batch_norm_group_is_not_its_querys(folder, tmp_path, monkeypatch, symmetric):
+    monkeypatch.setattr(common, "build_encoder", lambda *_, **__: Recording())
+    monkeypatch.setattr(Recording, "seen", [])
+    run(folder, tmp_path / "run", "--batch-size", 24, "--bn-splits", 4, "--epochs", 3,
+        "--augment", "blur", *["--symmetric"] * symmetric)
+    data, _, _ = common.load_splits(str(folder), "", None, torch.device("cpu"), 1)
+    images = data.images.float().div(255).flatten(1)
+
+    def groups(x, splits):  # of each of the 27 images, the groups in which its views stand
+        nearest = torch.cdist(x.flatten(1), images).argmin(1)
+        return [{int(g) for g in (nearest == i).nonzero()[:, 0] // (len(x) // splits)}
+                for i in nearest.unique()]
+
+    orders = []
+    for (k, splits), (q, again) in zip(Recording.seen[0::2], Recording.seen[1::2], strict=False):
+        assert splits == again == 4 and len(q) == 24 * (1 + symmetric)
+        pairs = [*zip(groups(q, 4), groups(k, 4), strict=True)]
+        moved = sum(a != b for a, b in pairs)
+        assert len(pairs) == 24 and moved > 24 / 2  # 3/4 are expected, without a shuffle none
+        orders.append(torch.cdist(k.flatten(1), images).argmin(1))
+    assert len(orders) == 3 and not torch.equal(orders[0], orders[1])
+
+
+def test_every_batch_norm_is_split_and_averages_over_a_steps_groups(folder, tmp_path):
+    out = run(folder, tmp_path / "run", "--batch-size", 8, "--bn-splits", 4, "--max-steps", 1)
+    state = checkpoint(out)
+    for part in ("model", "keys"):
+        counts = [v for name, v in state[part].items() if name.endswith("num_batches_tracked")]
+        assert [int(v) for v in counts] == [4] * 5
+    plain = checkpoint(run(folder, tmp_path / "plain", "--batch-size", 8, "--max-steps", 1))
+    mean, split = (s["model"]["0.0.1.running_mean"] for s in (plain, state))
+    torch.testing.assert_close(split, mean, rtol=0.1, atol=1e-3)  # 4 quarters of a momentum
+
+
+def test_by_default_a_large_batch_is_normalised_in_eight_groups(tmp_path):
+    many = write_folder(tmp_path / "many", 90, 2)
+    for batch, splits in ((256, 8), (260, 4), (20, 1)):
+        out = run(many, tmp_path / str(batch), "--batch-size", batch, "--max-steps", 1)
+        assert json.loads((out / "config.json").read_text())["settings"]["bn_splits"] == splits
+
+
+# ---------------------------------------------------------------------- versions and their parts
+def test_versions_set_what_the_papers_did_and_flags_win():
+    v1, v2 = (moco.parse_arguments(["--data", "cifar10", "--version", v]) for v in ("v1", "v2"))
+    assert (v1.head_layers, v1.schedule, v1.temperature) == (1, "steps", 0.07)
+    assert (v2.head_layers, v2.schedule, v2.temperature) == (2, "cosine", 0.2)
+    assert v1.jitter == [0.4, 0.4, 0.4, 0.4, 1.0] and v2.jitter == [0.4, 0.4, 0.4, 0.1, 0.8]
+    for v in (v1, v2):
+        assert (v.lr, v.weight_decay, v.optimizer, v.key_momentum) == (0.03, 1e-4, "sgd", 0.999)
+        assert (v.crop_scale, v.dim, v.batch_size, v.warmup_epochs) == (0.2, 128, 256, 0)
+    mixed = moco.parse_arguments(["--data", "cifar10", "--version", "v1", "--head-layers", "2",
+                                  "--batch-size", "512"])
+    assert (mixed.head_layers, mixed.temperature, mixed.lr) == (2, 0.07, 0.06)
+    bundled = moco.parse_arguments([])
+    assert (bundled.arch, bundled.head_layers, bundled.schedule) == ("small", 2, "cosine")
+
+
+def test_augmentation_keeps_the_given_order():
+    jitter = [0.4, 0.4, 0.4, 0.1, 0.8]
+    crop, gray, color = augmentation(["crop", "gray", "color"], 32, 0.2, jitter)
+    assert (crop.scale, crop.flip, gray.operation, gray.p) == ((0.2, 1.0), 0.5, common.grayscale,
+                                                               0.2)
+    assert (tuple(color.operation), color.p) == ((0.4, 0.4, 0.4, 0.1), 0.8)
+    _, color, _, blur = augmentation(["color", "gray", "crop", "blur"], 224, 0.2, jitter)
+    assert color.p == 0.8 and (tuple(blur.operation), blur.p) == ((23, (0.1, 2.0)), 0.5)
+    whole, _ = augmentation(["gray"], 32, 0.2, jitter)
+    assert (whole.scale, whole.ratio, whole.flip) == ((1, 1), (1, 1), 0)
+
+
+@pytest.mark.parametrize(("version", "shapes"), [("v1", [(8, 256)]), ("v2", [(16, 256), (8, 16)])])
+def test_the_head_is_each_papers(folder, tmp_path, version, shapes):
+    state = checkpoint(run(folder, tmp_path / "run", "--version", version, "--max-steps", 1))
+    head = {name: v for name, v in state["model"].items() if name.startswith("1.")}
+    assert [tuple(v.shape) for name, v in head.items() if name.endswith("weight")] == shapes
+    assert len(head) == 2 * len(shapes)  # weights and biases, no BN
+
+
+def test_learning_rate_of_both_schedules():
+    steps = [learning_rate(i, 200, 0, 0.03, "steps") for i in range(200)]
+    assert steps[:120] == [0.03] * 120 and steps[120:160] == pytest.approx([0.003] * 40)
+    assert steps[160:] == pytest.approx([0.0003] * 40)
+    cosine = [learning_rate(i, 110, 10, 2.0, "cosine") for i in range(110)]
+    assert cosine[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert cosine[10] == 2.0 and cosine[60] == pytest.approx(1.0) and cosine[-1] < 0.001
+
+
+def test_the_default_queue_is_a_power_of_two_and_a_long_one_is_warned_of(folder, tmp_path, capsys):
+    many = write_folder(tmp_path / "many", 90, 2)
+    settings = json.loads((run(many, tmp_path / "a", "--max-steps", 1) / "config.json").read_text())
+    assert settings["settings"]["queue_size"] == 32  # 270 / 8
+    assert "above half" not in capsys.readouterr().out
+    run(folder, tmp_path / "b", "--queue-size", 14, "--max-steps", 1)
+    assert "--queue-size 14 is above half of the 27 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", [
+    ["--queue-size", "3"], ["--queue-size", "7", "--symmetric"], ["--bn-splits", "3"],
+    ["--bn-splits", "4"], ["--key-momentum", "1.5"], ["--jitter", "1", "1", "1", "1", "-1"],
+    ["--jitter", "1"], ["--version", "v3"], ["--schedule", "linear"], ["--augment", "rotate"],
+    ["--head-layers", "3"], ["--optimizer", "lars"],
+], ids=lambda more: "".join(more))
+def test_bad_flags_are_refused_in_one_line(folder, tmp_path, capsys, more):
+    argv = ["--data", folder, "--out", tmp_path / "run", *TINY, *more]
+    assert more[0] in refused(capsys, moco.main, argv)
+    assert not (tmp_path / "run").exists()

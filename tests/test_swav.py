@@ -1,0 +1,419 @@
+"""swav.py: Sinkhorn, loss, LARC, prototypes, queue and crops of several sizes."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, metrics, refused, write_folder
+from PIL import Image
+from torch import nn
+
+import common
+import swav
+from swav import LARC, SwAV, augmentation, learning_rate, sinkhorn, swapped_prediction_loss
+
+SMALL = ["--prototypes", "4", "--queue-size", "0", "--freeze-prototypes", "0"]
+S1 = torch.tensor([[.1, .2, .3], [0, .4, -.1], [.5, .1, .2], [-.2, .3, .6]], dtype=torch.float64)
+S2 = torch.tensor([[.2, .1, .4], [.1, .3, 0], [.4, .2, .1], [-.1, .2, .5]], dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """27 images: 6 steps an epoch at batch 4."""
+    return write_folder(tmp_path_factory.mktemp("few") / "stripes", 9)
+
+
+def run(folder, out, *more):
+    swav.main(["--data", str(folder), "--out", str(out), *TINY, *SMALL, *map(str, more)])
+    return out
+
+
+def checkpoint(out):
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+# ------------------------------------------------------------------------------------- sinkhorn
+def slow_sinkhorn(scores, epsilon, iterations):
+    """Cuturi's iteration as the authors describe it, entry by entry, in plain numbers."""
+    B, K = scores.shape
+    Q = [[math.exp(scores[b, k].item() / epsilon) for k in range(K)] for b in range(B)]
+    for _ in range(iterations):
+        for k in range(K):  # each prototype gets 1/K
+            total = sum(Q[b][k] for b in range(B))
+            for b in range(B):
+                Q[b][k] /= total * K
+        for b in range(B):  # each sample 1/B
+            total = sum(Q[b])
+            Q[b] = [q / total / B for q in Q[b]]
+    return torch.tensor([[q * B for q in row] for row in Q], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("B", "K", "iterations"), [(4, 3, 3), (3, 7, 1), (6, 2, 5), (5, 5, 0)])
+def test_sinkhorn_is_the_iteration_written_out(B, K, iterations):
+    torch.manual_seed(B)
+    scores = torch.rand(B, K, dtype=torch.float64) * 2 - 1
+    codes = sinkhorn(scores, 0.1, iterations)
+    if iterations:
+        torch.testing.assert_close(codes, slow_sinkhorn(scores, 0.1, iterations), rtol=1e-11,
+                                   atol=1e-13)
+        torch.testing.assert_close(codes.sum(1), torch.ones(B, dtype=torch.float64))
+
+
+def test_sinkhorn_vector():
+    expected = torch.tensor([.0467147, .65254, .3007454], dtype=torch.float64)
+    torch.testing.assert_close(sinkhorn(S1)[0], expected, rtol=0, atol=5e-8)
+
+
+def test_sinkhorns_marginals_after_many_iterations():
+    codes = sinkhorn(S1, 0.05, 100)
+    torch.testing.assert_close(codes.sum(1), torch.ones(4, dtype=torch.float64))
+    torch.testing.assert_close(codes.sum(0), torch.full((3,), 4 / 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("epsilon", [0.05, 0.01, 0.002])
+@pytest.mark.parametrize("B", [64, 700])
+def test_sinkhorn_of_half_precision_scores_is_float64s(dtype, epsilon, B):
+    torch.manual_seed(0)
+    z, C = F.normalize(torch.randn(B, 8), dim=1), F.normalize(torch.randn(300, 8), dim=1)
+    C[:B // 4] = z[:B // 4]  # scores of 1, whose exp at .002 overflows even float64
+    scores = (z @ C.T).to(dtype)
+    codes, exact = sinkhorn(scores, epsilon), sinkhorn(scores.double(), epsilon)
+    assert codes.dtype == torch.float32 and exact.dtype == torch.float64
+    assert codes.isfinite().all() and exact.isfinite().all()
+    torch.testing.assert_close(codes.double(), exact, rtol=0, atol=1e-5)
+    log_q = scores.double() / epsilon
+    for _ in range(3):
+        log_q = log_q.log_softmax(0)
+        log_q = log_q.log_softmax(1)
+    torch.testing.assert_close(exact, log_q.exp(), rtol=1e-9, atol=1e-12)
+
+
+def test_sinkhorn_has_no_gradient():
+    assert not sinkhorn(S1.clone().requires_grad_()).requires_grad
+
+
+# ----------------------------------------------------------------------------------------- loss
+def slow_loss(scores, codes, temperature):
+    """Eq. 2 and 6, term by term, averaged as in the authors' code."""
+    V, B, K = scores.shape
+    total = 0
+    for i in (0, 1):
+        for v in range(V):
+            if v == i:
+                continue
+            for b in range(B):
+                p = [(s / temperature).exp() for s in scores[v, b]]
+                total = total - sum(codes[i, b, k] * torch.log(p[k] / sum(p)) for k in range(K))
+    return total / (2 * (V - 1) * B)
+
+
+@pytest.mark.parametrize(("V", "B", "K", "T"), [(2, 3, 4, 0.1), (5, 2, 3, 0.5), (8, 1, 6, 1.0)])
+def test_swapped_prediction_loss_and_its_gradients_are_those_of_equation_6(V, B, K, T):
+    torch.manual_seed(V)
+    scores = torch.randn(V, B, K, dtype=torch.float64, requires_grad=True)
+    codes = torch.rand(2, B, K, dtype=torch.float64).softmax(2).requires_grad_()
+    ours = swapped_prediction_loss(scores, codes, T)
+    slow = slow_loss(scores, codes, T)
+    torch.testing.assert_close(ours, slow, rtol=1e-12, atol=1e-12)
+    for mine, theirs in zip(torch.autograd.grad(ours, (scores, codes)),
+                            torch.autograd.grad(slow, (scores, codes)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_swapped_prediction_loss_vector():
+    codes = torch.stack([sinkhorn(S1), sinkhorn(S2)])
+    loss = swapped_prediction_loss(torch.stack([S1, S2]), codes, 0.1)
+    assert abs(loss.item() - .576336471215) < 5e-13
+
+
+def test_collapsed_scores_give_the_chance_that_a_run_shows(folder, tmp_path):
+    scores = torch.full((3, 5, 4), 0.3, dtype=torch.float64)
+    codes = torch.stack([sinkhorn(s) for s in scores[:2]])
+    chance = metrics(run(folder, tmp_path / "run", "--max-steps", 1))[0]["chance"]
+    assert abs(swapped_prediction_loss(scores, codes, 0.1).item() - chance) < 1e-12
+    assert chance == math.log(4)
+
+
+@pytest.mark.parametrize("shapes", [((3, 4, 5), (3, 4, 5)), ((1, 4, 5), (2, 4, 5)),
+                                    ((3, 4, 5), (2, 4, 6)), ((3, 4), (2, 4))])
+def test_swapped_prediction_loss_refuses_other_shapes(shapes):
+    with pytest.raises(ValueError, match="scores"):
+        swapped_prediction_loss(*map(torch.rand, shapes), 0.1)
+
+
+# ------------------------------------------------------------------------ optimiser and schedule
+def test_larc_vector():
+    p = nn.Parameter(torch.tensor([[3.0, 4.0]], dtype=torch.float64))
+    optimizer = LARC([p], lr=1, momentum=0.9, weight_decay=0.1)
+    p.grad = torch.tensor([[0.8, -0.6]], dtype=torch.float64)
+    optimizer.step()
+    expected = torch.tensor([[2.996333333, 4.000666667]], dtype=torch.float64)
+    torch.testing.assert_close(p.data, expected, atol=1e-9, rtol=0)
+
+
+def test_larc_is_sgd_with_momentum_on_adapted_gradients():
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(4, dtype=torch.float64))  # vectors are adapted as well
+    q, v = p.detach().clone(), torch.zeros(4, dtype=torch.float64)
+    optimizer = LARC([p], lr=0.5, momentum=0.9, weight_decay=0.1)
+    for lr in (0.5, 0.25, 0.1):
+        g = torch.randn(4, dtype=torch.float64)
+        v = 0.9 * v + 0.001 * q.norm() / (g.norm() + 0.1 * q.norm()) * (g + 0.1 * q)
+        q = q - lr * v  # the rate is outside of the momentum
+        optimizer.param_groups[0]["lr"], p.grad = lr, g.clone()
+        optimizer.step()
+        torch.testing.assert_close(p.detach(), q, rtol=1e-6, atol=1e-9)
+
+
+def test_larc_leaves_zeros_and_parameters_without_gradient():
+    zero, still, unused = (nn.Parameter(v) for v in (torch.zeros(2), torch.ones(2), torch.ones(2)))
+    optimizer = LARC([zero, still, unused], lr=0.5, momentum=0.9, weight_decay=0.1)
+    zero.grad, still.grad = torch.ones(2), torch.zeros(2)
+    optimizer.step()
+    assert zero.tolist() == [-0.5, -0.5] and still.tolist() == [1, 1] and unused.tolist() == [1, 1]
+
+
+def test_learning_rate_is_the_authors():
+    rates = [learning_rate(i, 1100, 100, 4.8) for i in range(1100)]
+    assert rates[0] == pytest.approx(0.3) and rates[50] == pytest.approx((0.3 + 4.8) / 2)
+    assert rates[100] == 4.8 and rates[600] == pytest.approx((4.8 + 0.0048) / 2)
+    assert rates[-1] == pytest.approx(0.0048, rel=0.01)
+    default = ["--data", "cifar10", "--batch-size"]
+    assert swav.parse_arguments([*default, "256"]).lr == pytest.approx(0.6)
+    assert swav.parse_arguments([*default, "4096"]).lr == pytest.approx(4.8)
+
+
+# --------------------------------------------------------------------------- model and prototypes
+def test_one_forward_a_resolution_and_one_of_the_head_over_all():
+    shapes = []
+
+    class Counting(nn.Module):
+        width = 3
+
+        def forward(self, x):
+            shapes.append(tuple(x.shape))
+            return x.mean((2, 3))
+
+    net = SwAV(Counting(), [5, 4], 7)
+    heads = []
+    net.head.register_forward_hook(lambda _, x, z: heads.append(z))
+    z, scores = net(torch.rand(4, 3, 8, 8), torch.rand(6, 3, 5, 5))
+    assert shapes == [(4, 3, 8, 8), (6, 3, 5, 5)] and len(heads) == 1
+    torch.testing.assert_close(z, F.normalize(heads[0], dim=1))
+    torch.testing.assert_close(scores, z @ net.prototypes.weight.T)
+    assert scores.shape == (10, 7)
+    kinds = [type(m) for m in net.head if not isinstance(m, nn.Dropout)]
+    assert kinds == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
+
+
+def test_scores_are_float32_under_autocast():
+    encoder = nn.Flatten()
+    encoder.width = 12
+    net = SwAV(encoder, [4], 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        z, scores = net(torch.rand(5, 3, 2, 2))
+    assert z.dtype == scores.dtype == torch.float32
+    torch.testing.assert_close(scores, z @ net.prototypes.weight.T, rtol=1e-6, atol=1e-6)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What each step of a run gives to Sinkhorn and to the loss."""
+    codes, losses, real, loss = [], [], swav.sinkhorn, swav.swapped_prediction_loss
+
+    def noting(scores, *args):
+        codes.append((scores.clone(), real(scores, *args)))
+        return codes[-1][1]
+
+    def noting_loss(scores, q, temperature):
+        losses.append((scores.detach().clone(), q.clone()))
+        return loss(scores, q, temperature)
+
+    monkeypatch.setattr(swav, "sinkhorn", noting)
+    monkeypatch.setattr(swav, "swapped_prediction_loss", noting_loss)
+    return codes, losses
+
+
+def test_the_first_two_crops_get_codes_of_the_batch(folder, tmp_path, seen):
+    run(folder, tmp_path / "run", "--crops", 3, 2, "--crop-sizes", 12, 8, "--max-steps", 2)
+    codes, losses = seen
+    assert len(codes) == 4 and len(losses) == 2
+    for step, (scores, q) in enumerate(losses):
+        assert scores.shape == (5, 4, 4)
+        for i in (0, 1):
+            torch.testing.assert_close(codes[2 * step + i][0], scores[i])
+            torch.testing.assert_close(q[i], codes[2 * step + i][1])
+
+
+def test_the_queue_serves_once_full_and_only_the_batchs_codes_enter_the_loss(folder, tmp_path,
+                                                                            seen):
+    # 6 steps an epoch, from half of which 10 features fill in 3 steps of 4: used from step 6.
+    out = run(folder, tmp_path / "run", "--queue-size", 10, "--queue-start", 0.5,
+              "--optimizer", "sgd", "--lr", 1e-12, "--weight-decay", 1e-12)
+    codes, losses = seen
+    lengths = [len(scores) for scores, _ in codes]
+    assert lengths == [4] * 12 + [14] * 12
+    history = torch.stack([scores[:2] for scores, _ in losses])  # [12, 2, 4, 4]; C stands still
+    queue = torch.zeros(2, 10, 4)
+    for step in range(12):
+        for i in (0, 1):
+            scores, q = codes[2 * step + i]
+            if step >= 6:
+                torch.testing.assert_close(scores[:10], queue[i], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(scores[-4:], history[step, i])
+            assert torch.equal(losses[step][1][i], q[-4:])
+            if step >= 3:
+                for j in range(4):
+                    queue[i, ((step - 3) * 4 + j) % 10] = history[step, i, j]
+    state = checkpoint(out)
+    stored = state["queue"] @ state["model"]["prototypes.weight"].T
+    torch.testing.assert_close(stored, queue, rtol=1e-4, atol=1e-5)
+
+
+def test_a_queue_smaller_than_the_batch_holds_its_last(folder, tmp_path, seen):
+    state = checkpoint(run(folder, tmp_path / "run", "--queue-size", 3, "--queue-start", 0,
+                           "--max-steps", 1, "--optimizer", "sgd", "--lr", 1e-12))
+    stored = state["queue"] @ state["model"]["prototypes.weight"].T
+    order = [(i % 3, i) for i in (1, 2, 3)]
+    for place, row in order:
+        torch.testing.assert_close(stored[:, place], seen[1][0][0][:2, row], rtol=1e-4, atol=1e-5)
+
+
+def test_prototypes_have_length_one_and_freeze_for_the_first_epochs(folder, tmp_path):
+    torch.manual_seed(0)
+    fresh = SwAV(common.build_encoder("small", "3x3"), [16, 8], 4)
+    start = F.normalize(fresh.prototypes.weight.detach(), dim=1)
+    for optimizer in ("larc", "adamw", "sgd"):
+        frozen = run(folder, tmp_path / f"frozen-{optimizer}", "--freeze-prototypes", 1,
+                     "--epochs", 1, "--optimizer", optimizer)
+        state = checkpoint(frozen)["model"]
+        torch.testing.assert_close(state["prototypes.weight"], start)
+        assert not torch.equal(state["head.0.weight"], fresh.head[0].weight)
+        free = checkpoint(run(folder, tmp_path / f"free-{optimizer}", "--freeze-prototypes", 0.5,
+                              "--epochs", 1, "--optimizer", optimizer, "--lr", 0.1))
+        assert not torch.allclose(free["model"]["prototypes.weight"], start, atol=1e-6)
+
+
+def test_scores_are_of_prototypes_normalised_at_the_start_of_the_step(folder, tmp_path, seen):
+    run(folder, tmp_path / "run", "--optimizer", "sgd", "--lr", 50, "--max-steps", 3)
+    for scores, _ in seen[1]:
+        assert scores.abs().max() <= 1 + 1e-6
+
+
+def test_use_of_prototypes_counts_the_nearest_ones_of_the_epoch(folder, tmp_path, seen):
+    rows = metrics(run(folder, tmp_path / "run"))
+    for epoch, row in enumerate(rows):
+        codes = seen[0][12 * epoch:12 * epoch + 12]
+        nearest = torch.cat([scores.argmax(1) for scores, _ in codes])
+        p = nearest.bincount(minlength=4) / len(nearest)
+        assert len(nearest) == 48 and row["prototypes"] == (p > 0).sum()
+        assert row["entropy"] == pytest.approx(torch.distributions.Categorical(p).entropy().item())
+
+
+# --------------------------------------------------------------------------------------- the run
+def test_augmentation_is_simclrs_for_crops_of_any_size():
+    crop, color, gray, blur = augmentation(["blur", "gray", "color", "crop"], 96, 0.05, 0.14, 1.0)
+    assert (crop.size, crop.scale, crop.ratio, crop.flip) == (96, (0.05, 0.14), (3 / 4, 4 / 3), 0.5)
+    assert (tuple(color.operation), color.p) == ((0.8, 0.8, 0.8, 0.2), 0.8)
+    assert (gray.operation, gray.p) == (common.grayscale, 0.2)
+    assert (tuple(blur.operation), blur.p) == ((9, (0.1, 2.0)), 0.5)
+    whole, _ = augmentation(["gray"], 18, 0.05, 0.14, 1.0)
+    assert (whole.size, whole.scale, whole.ratio, whole.flip) == (18, (1, 1), (1, 1), 0)
+
+
+@pytest.mark.parametrize(("side", "second"), [(32, 18), (28, 16), (64, 36), (224, 96)])
+def test_default_sizes_follow_the_images(tmp_path, monkeypatch, side, second):
+    data = common.ImageSet(torch.randint(256, (4, 3, side, side), dtype=torch.uint8),
+                           torch.zeros(4, dtype=torch.long), device=torch.device("cpu"))
+    monkeypatch.setattr(common, "load_splits", lambda *_: (data, None, None))
+    out = run("x", tmp_path / "run", "--epochs", 1, "--crops", 2, 1)
+    config = json.loads((out / "config.json").read_text())
+    assert config["settings"]["crop_sizes"] == [side, second]
+    _, about = common.load_encoder(out / "encoder.safetensors")
+    assert about["image_size"] == str(side) and about["method"] == "swav"
+
+
+def test_prototypes_png_shows_the_images_nearest_to_some(folder, tmp_path, monkeypatch):
+    shown, real = {}, common.save_pictures
+
+    def noting(path, images, columns):
+        shown[path.name] = images, columns
+        real(path, images, columns)
+
+    monkeypatch.setattr(common, "save_pictures", noting)
+    out = run(folder, tmp_path / "run")
+    images, columns = shown["prototypes.png"]
+    assert columns == 8 and len(images) == 32  # 8 for each of the 4 prototypes
+    data, _, _ = common.load_splits(str(folder), "", None, torch.device("cpu"), 1)
+    state, net = checkpoint(out)["model"], SwAV(common.build_encoder("small", "3x3"), [16, 8], 4)
+    net.load_state_dict(state)
+    with torch.no_grad():
+        pictures = data.centres(torch.arange(27), 12)
+        _, scores = net.eval()(pictures)
+    used = scores.argmax(1).bincount(minlength=4).argsort(descending=True)
+    best = scores[:, used[0]].argsort(descending=True)[:8]
+    torch.testing.assert_close(images[:8], pictures[best])
+    with Image.open(out / "prototypes.png") as picture:
+        assert picture.width > 8 * 84
+
+
+def test_views_png_shows_all_crops(folder, tmp_path):
+    out = run(folder, tmp_path / "run", "--crops", 2, 3, "--max-steps", 1)
+    with Image.open(out / "views.png") as picture:  # the images and 5 crops of each
+        assert 4 * 84 < picture.width < 5 * 84 and 6 * 84 < picture.height < 7 * 84
+
+
+def test_too_many_prototypes_are_said_at_the_start(folder, tmp_path, capsys):
+    argv = ["--max-steps", 1, "--prototypes", 5]
+    run(folder, tmp_path / "a", *argv)
+    assert capsys.readouterr().out.startswith("warning: 4 images of a step share 5 --prototypes")
+    run(folder, tmp_path / "b", "--max-steps", 1)
+    assert "share" not in capsys.readouterr().out
+    run(folder, tmp_path / "c", "--prototypes", 5, "--queue-size", 8, "--queue-start", 0.5)
+    assert "share" not in capsys.readouterr().out  # full at step 5 of 12
+    run(folder, tmp_path / "d", "--prototypes", 5, "--queue-size", 8, "--queue-start", 2)
+    assert "share" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("collapsed", [False, True])
+def test_collapse_is_warned_of_with_what_to_turn(folder, tmp_path, capsys, collapsed):
+    more = ["--epochs", 6, "--optimizer", "adamw", "--lr", 0.003, "--augment", "crop", "--crops", 2,
+            "--crop-scales", 0.7, 1, "--batch-size", 8, "--warmup-epochs", 0]
+    if collapsed:  # an encoder that gives nearly the same for everything
+        encoder = common.build_encoder("small")
+        nn.init.zeros_(encoder[4][1].weight)
+        nn.init.ones_(encoder[4][1].bias)
+        common.save_encoder(tmp_path / "flat.safetensors", encoder, architecture="small",
+                            stem="3x3")
+        more = ["--init", tmp_path / "flat.safetensors", "--lr", 1e-9, "--head-layers", 1]
+    rows = metrics(run(folder, tmp_path / "run", *more))
+    printed = capsys.readouterr().out
+    assert (rows[-1]["spread"] < 0.1) == collapsed
+    assert ("--epsilon" in printed and "it collapses" in printed) == collapsed
+    assert (rows[-1]["entropy"] < 0.1) == collapsed
+
+
+def test_defaults_are_the_papers_but_for_few_prototypes():
+    args = swav.parse_arguments(["--data", "cifar10"])
+    assert (args.crops, args.crop_scales) == ([2, 6], [0.14, 1.0, 0.05, 0.14])
+    assert (args.epsilon, args.temperature, args.dim) == (0.05, 0.1, 128)
+    assert (args.optimizer, args.weight_decay, args.freeze_prototypes) == ("larc", 1e-6, 1)
+    assert (args.queue_size, args.queue_start, args.head_layers) == (3840, 15, 2)
+    bundled = swav.parse_arguments([])
+    assert bundled.arch == "small" and swav.parse_arguments(["--crops", "2"]).crops == [2]
+
+
+@pytest.mark.parametrize("more", [
+    ["--crops", "1", "6"], ["--crops", "2", "0"], ["--crops", "2", "6", "3"],
+    ["--crop-sizes", "12"], ["--crop-sizes", "12", "0"], ["--crop-scales", "0.1", "1"],
+    ["--crop-scales", "0.1", "1", "0.2", "0.1"], ["--crop-scales", "0.1", "1.1", "0.1", "0.2"],
+    ["--crop-scales", "0", "1", "0.1", "0.2"], ["--prototypes", "0"], ["--epsilon", "0"],
+    ["--queue-size", "-1"], ["--freeze-prototypes", "-1"], ["--queue-start", "nan"],
+], ids=lambda more: "".join(more))
+def test_bad_flags_are_refused_in_one_line(folder, tmp_path, capsys, more):
+    argv = ["--data", folder, "--out", tmp_path / "run", *TINY, *more]
+    assert more[0] in refused(capsys, swav.main, argv)
+    assert not (tmp_path / "run").exists()
