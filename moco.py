@@ -66,7 +66,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--arch", choices=common.ARCHITECTURES, default="resnet18", help="encoder f")
     flag("--stem", choices=("3x3", "7x7"), help="first layer (default: 3x3 up to 64 pixels)")
     flag("--init", help="an encoder.safetensors to start from")
-    flag("--version", choices=VERSIONS, default="v2", help="the paper that sets other defaults")
+    flag("--version", choices=VERSIONS, help="the paper that sets other flags (default: v2)")
     flag("--head-layers", type=int, choices=(1, 2), help="layers of the head (v1: 1, v2: 2)")
     flag("--hidden", type=int, default=512, help="width of the head's hidden layer")
     flag("--dim", type=int, default=128, help="dimensions of q and k")
@@ -92,8 +92,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--out", help="folder of the run (default: runs/moco-DATA)")
     flag("--log-with", choices=[*map(str, get_available_trackers())], help="an installed tracker")
     args = p.parse_args(argv)
-    p.set_defaults(**VERSIONS[args.version] | (BUNDLED if args.data == "fashion-mini" else {}))
+    bundled = BUNDLED if args.data == "fashion-mini" else {}
+    p.set_defaults(**VERSIONS["v2"] | bundled | VERSIONS.get(args.version, {}))
     args = p.parse_args(argv)
+    args.version = args.version or "v2"
     for k, v in vars(args).items():
         top = {"crop_scale": 1, "key_momentum": 1, "seed": 2**63 - 1}.get(k, sys.float_info.max)
         if isinstance(v, int | float) and not (0 < v <= top or (v == 0 and k in MAY_BE_0)):

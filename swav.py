@@ -181,14 +181,14 @@ def main(argv: list[str] | None = None) -> None:
     half = round(data.side * (9 / 16 if data.side <= 64 else 3 / 7))  # 18 of 32, 96 of 224
     sizes = args.crop_sizes = args.crop_sizes or [data.side, half][: len(args.crops)]
     size, low, high = sizes[0], args.crop_scales[::2], args.crop_scales[1::2]
-    if not len(args.crops) == len(sizes) == len(low) == len(high) or args.crops[0] < 2 or not all(
-            map(float.__le__, low, high)):
+    if len(args.crops) > min(len(sizes), len(high)) or args.crops[0] < 2 or any(
+            a > b for a, b in zip(low, high, strict=False)):
         fail("--crops, --crop-sizes, --crop-scales: take, for each resolution, a number (2 or more "
              "of the first), a side, and the least and largest share of the area")
     stem = args.stem = args.stem or ("3x3" if size <= 64 else "7x7")
     names, s = args.augment or OPERATIONS[: 4 if size > 64 else 3], args.color_strength
     recipes = [(args.crops[i], augmentation(names, sizes[i], low[i], high[i], s))
-               for i in range(len(sizes))]
+               for i in range(len(args.crops))]
     N, K, Q = args.batch_size, args.prototypes, args.queue_size
     if not 2 <= N <= len(data) or N % processes:
         fail(f"--batch-size: take 2 to {len(data)} images, a multiple of {processes} processes")

@@ -1,14 +1,17 @@
 """Speed, as ratios taken in one run: `python tests/benchmark.py` (some minutes on two cores).
 
-1. Images a second of a script's own training loop, end to end, against its encoder alone (forward,
-   backward and optimiser step on ready views of the same shape and precision). The two take turns
-   within one run of main(), so that the drift of the machine cancels.
+1. Images a second of each script's own training loop, end to end, against its encoder alone: on
+   ready views of the same shapes and precision forward, backward and optimiser step, for moco.py
+   also the forward pass of the keys, for swav.py one a resolution. The two take turns within
+   one run of main(), so that the drift of the machine cancels.
 2. Views a second of the augmentation alone against torchvision's v2 transforms image by image, in
    as many worker processes as there are cores.
 3. With --photographs FOLDER (train/ and val/ with class folders): the share of time for which a
    ResNet-18 step waits for files that are read anew each epoch, views of 128 and 224 pixels, and
    how many images a second the readers make alone.
 4. Grey levels between views of the same parameters from memory and from files read anew.
+5. With --negatives: seconds a step and peak memory of moco.py by the size of its queue, and of
+   simclr.py by its batch, each in a process of its own.
 """
 
 import argparse
@@ -17,9 +20,11 @@ import io
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +35,15 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
+import moco
 import simclr
+import swav
 
+SGD = torch.optim.SGD
+# Of a script: its views of an image (number, side), whether keys pass forward, its optimiser
+WORK = {simclr: ([(2, 32)], False, simclr.LARS),
+        moco: ([(1, 32)], True, partial(SGD, momentum=0.9)),
+        swav: ([(2, 32), (6, 18)], False, partial(swav.LARC, momentum=0.9))}
 BLOCK = 4  # steps of a turn
 
 
@@ -45,16 +57,22 @@ def class_folders(folder: Path, images: int, side: int = 32) -> None:
             coarse.resize((side, side)).save(folder / split / "ab"[i % 2] / f"{i}.png")
 
 
-def end_to_end(script, argv: list[str], batch: int, views: int, turns: int) -> None:
+def end_to_end(script, argv: list[str], batch: int, turns: int) -> None:
     """Run script.main with pauses in which its encoder works alone."""
-    encoder = common.build_encoder("resnet18", "7x7").to(memory_format=torch.channels_last)
-    optimizer = simclr.LARS(encoder.parameters(), 1e-3)
-    x = torch.rand(views * batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    views, with_keys, make = WORK[script]
+    encoder, keys = (common.build_encoder("resnet18", "7x7").to(memory_format=torch.channels_last)
+                     for _ in range(2))
+    optimizer = make(encoder.parameters(), 1e-3)
+    shapes = [(count * batch, 3, side, side) for count, side in views]
+    inputs = [torch.rand(s).contiguous(memory_format=torch.channels_last) for s in shapes]
 
     def bare() -> None:
         optimizer.zero_grad()
-        encoder(x).square().mean().backward()
+        torch.cat([encoder(x) for x in inputs]).square().mean().backward()
         optimizer.step()
+        if with_keys:
+            with torch.no_grad():
+                keys(inputs[0])
 
     batches, times = common.batches, []
 
@@ -138,6 +156,32 @@ def waiting(photographs: str, folder: str) -> None:
         print(f"readers alone: {45 * 64 / (time.perf_counter() - began):.0f} images/s")
 
 
+def negatives(folder: str) -> None:
+    """A table of moco.py by queue and simclr.py by batch, and what 65,536 would cost SimCLR."""
+    scripts = Path(__file__).resolve().parent.parent
+    rows = []
+    for script, flag, values in (("moco", "--queue-size", (1024, 4096, 16384, 65536)),
+                                 ("simclr", "--batch-size", (64, 128, 256, 512, 1024))):
+        for value in values:
+            out = f"{folder}/{script}{value}"
+            child = subprocess.Popen([
+                sys.executable, scripts / f"{script}.py", "--data", f"{folder}/images", "--stem",
+                "7x7", "--epochs", "2", "--limit", "2048", "--warmup-epochs", "0", "--out", out,
+                flag, str(value)], stdout=subprocess.DEVNULL)
+            _, status, usage = os.wait4(child.pid, 0)
+            assert status == 0
+            last = json.loads(Path(out, "metrics.jsonl").read_text().splitlines()[-1])
+            batch = value if script == "simclr" else 256
+            rows.append([script, batch, value if script == "moco" else 2 * value - 2,
+                         batch / last["images_per_s"], usage.ru_maxrss / 2**20])
+    (*_, s1, m1), (*_, s2, m2) = rows[-2:]  # linear in the batch from 512 to 1,024
+    more = (32768 - 1024) / 512
+    s, m = s2 + more * (s2 - s1), m2 + more * (m2 - m1)
+    rows.append(["simclr, extrapolated", 32768, 65534, s, m])
+    for name, batch, count, seconds, memory in rows:
+        print(f"{name}, batch {batch}: {count} negatives, {seconds:.2f} s a step, {memory:.2f} GiB")
+
+
 def rounding(folder: str) -> None:
     memory, files = (common.load_splits(folder, "", 256, torch.device("cpu"), 2, stream)[0]
                      for stream in (False, True))
@@ -154,15 +198,20 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=12, help="turns of each comparison")
     parser.add_argument("--photographs", help="class folders of photographs")
+    parser.add_argument("--negatives", action="store_true", help="moco.py's memory by its queue")
     args = parser.parse_args()
     turns = args.turns
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as folder:
         steps = BLOCK * (turns + 2)  # in one epoch, as with a real set
         class_folders(Path(folder, "images"), 256 * steps)
-        argv = ["--data", f"{folder}/images", "--out", f"{folder}/run", "--stem", "7x7",
-                "--batch-size", "256", "--epochs", "1", "--image-size", "32"]
-        end_to_end(simclr, argv, 256, 2, turns)
+        if args.negatives:
+            negatives(folder)
+            sys.exit()
+        for script in WORK:
+            argv = ["--data", f"{folder}/images", "--out", f"{folder}/{script.__name__}", "--stem",
+                    "7x7", "--batch-size", "256", "--epochs", "1"]
+            end_to_end(script, argv, 256, turns)
         rounding(f"{folder}/images")
         if args.photographs:
             waiting(args.photographs, folder)

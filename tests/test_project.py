@@ -11,7 +11,9 @@ import pytest
 from conftest import ROOT
 
 import linear_eval
+import moco
 import simclr
+import swav
 
 try:
     import tomllib
@@ -20,7 +22,7 @@ except ModuleNotFoundError:  # Python 3.10; pytest brings it there
 
 METHODS = [name for name in ("simclr", "moco", "swav", "supcon", "drlim", "linear_eval")
            if (ROOT / f"{name}.py").exists()]
-MODULES = [simclr, linear_eval]
+MODULES = [simclr, moco, swav, linear_eval]
 README = (ROOT / "README.md").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -47,7 +49,7 @@ def test_scripts_import_no_other_script_and_no_other_package(name):
 
 
 @pytest.mark.parametrize(("name", "most"), [
-    ("common", 600), ("simclr", 330), ("linear_eval", 330),
+    ("common", 600), *((name, 330) for name in METHODS),
 ])
 def test_files_stay_short(name, most):
     assert len((ROOT / f"{name}.py").read_text().splitlines()) <= most
@@ -71,7 +73,7 @@ def test_every_flag_has_a_help_of_one_sentence(module, monkeypatch):
 def test_flags_that_readme_names_exist(monkeypatch):
     known = {"--mixed_precision", "--num_processes", "--multi_gpu", "--nproc_per_node", "--cpu",
              "--dynamo_backend", "--python", "--extra", "--num_machines",  # the launchers'
-             "--shm-size", "--photographs"}  # docker's, the benchmark's
+             "--shm-size", "--photographs", "--negatives"}  # docker's, the benchmark's
     for module in MODULES:
         for action in parser(module, monkeypatch)._actions:
             known |= set(action.option_strings)
@@ -85,10 +87,11 @@ def test_importing_runs_nothing(name, tmp_path):
     assert done.returncode == 0 and done.stdout == "" and not list(tmp_path.iterdir())
 
 
-def test_a_copied_script_with_common_works_elsewhere(folder, tmp_path):
-    for name in ("simclr.py", "common.py"):
+@pytest.mark.parametrize("script", ["simclr.py", "moco.py", "swav.py"])
+def test_a_copied_script_with_common_works_elsewhere(script, folder, tmp_path):
+    for name in (script, "common.py"):
         (tmp_path / name).write_text((ROOT / name).read_text())
-    command = [sys.executable, "simclr.py", "--data", str(folder), "--arch", "small",
+    command = [sys.executable, script, "--data", str(folder), "--arch", "small",
                "--batch-size", "24", "--max-steps", "1", "--out", "run"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and (tmp_path / "run" / "encoder.safetensors").exists(), done.stderr

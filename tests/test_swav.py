@@ -406,9 +406,15 @@ def test_defaults_are_the_papers_but_for_few_prototypes():
     assert bundled.arch == "small" and swav.parse_arguments(["--crops", "2"]).crops == [2]
 
 
+def test_fewer_crops_take_the_first_sizes_and_scales(folder, tmp_path, seen):
+    run(folder, tmp_path / "run", "--crops", 2, "--max-steps", 1)
+    assert seen[1][0][0].shape == (2, 4, 4)
+
+
 @pytest.mark.parametrize("more", [
     ["--crops", "1", "6"], ["--crops", "2", "0"], ["--crops", "2", "6", "3"],
-    ["--crop-sizes", "12"], ["--crop-sizes", "12", "0"], ["--crop-scales", "0.1", "1"],
+    ["--crop-sizes", "12", "--crops", "2", "6"], ["--crop-sizes", "12", "0"],
+    ["--crop-scales", "0.1", "1", "--crops", "2", "6"],
     ["--crop-scales", "0.1", "1", "0.2", "0.1"], ["--crop-scales", "0.1", "1.1", "0.1", "0.2"],
     ["--crop-scales", "0", "1", "0.1", "0.2"], ["--prototypes", "0"], ["--epsilon", "0"],
     ["--queue-size", "-1"], ["--freeze-prototypes", "-1"], ["--queue-start", "nan"],
