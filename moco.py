@@ -38,8 +38,9 @@ import common
 from common import ColorJitter, GaussianBlur, RandomApply, RandomResizedCrop, fail, grayscale
 
 # What 2 CPU cores learn from the bundled images in some minutes; a flag that is given wins.
-BUNDLED = {"arch": "small", "epochs": 36, "jitter": [0.8, 0.8, 0.8, 0.2, 0.8], "lr": 0.004,
-           "temperature": 0.1, "optimizer": "adamw", "warmup_epochs": 2, "key_momentum": 0.99}
+BUNDLED = {"arch": "small", "epochs": 48, "jitter": [0.8, 0.8, 0.8, 0.2, 0.8], "batch_size": 128,
+           "temperature": 0.1, "optimizer": "adamw", "lr": 0.004, "warmup_epochs": 2,
+           "key_momentum": 0.99}
 VERSIONS = {
     "v1": {"head_layers": 1, "jitter": [0.4] * 4 + [1.0], "schedule": "steps", "temperature": 0.07},
     "v2": {"head_layers": 2, "jitter": [0.4, 0.4, 0.4, 0.1, 0.8], "schedule": "cosine",
@@ -73,7 +74,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--queue-size", type=int, help="keys K (default: a power of 2, images / 8 or 65536)")
     flag("--key-momentum", type=float, default=0.999, help="momentum m of the key encoder")
     flag("--symmetric", action="store_true", help="each view is a query once and a key once")
-    flag("--bn-splits", type=int, help="groups of a batch, each with its BN (default: 8 or so)")
+    flag("--bn-splits", type=int, help="groups of a batch with a BN each (default: by 32, to 8)")
     flag("--augment", nargs="+", choices=OPERATIONS["v2"], help="operations (blur above 64 px)")
     flag("--crop-scale", type=float, default=0.2, help="smallest crop, as a share of the area")
     flag("--jitter", type=float, nargs=5, help="brightness, contrast, saturation, hue, probability")
@@ -171,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     N, V = args.batch_size, 1 + bool(args.symmetric)  # V views of an image are queries, V are keys
     if not 2 <= N <= len(data) or N % processes:
         fail(f"--batch-size: take 2 to {len(data)} images, a multiple of {processes} processes")
-    groups = math.gcd(N // processes, 8 // processes or 1) if N >= 256 else 1  # a process's
+    groups = math.gcd(N // processes, min(8, N // 32) // processes or 1)  # of a process
     splits = args.bn_splits = args.bn_splits or processes * groups
     if N * V % splits or splits == N * V or splits % processes:
         fail(f"--bn-splits {splits}: take a multiple of {processes} that divides {N * V} queries "

@@ -208,9 +208,9 @@ def test_every_batch_norm_is_split_and_averages_over_a_steps_groups(folder, tmp_
     torch.testing.assert_close(split, mean, rtol=0.1, atol=1e-3)  # 4 quarters of a momentum
 
 
-def test_by_default_a_large_batch_is_normalised_in_eight_groups(tmp_path):
+def test_by_default_a_batch_is_normalised_in_up_to_eight_groups_of_32(tmp_path):
     many = write_folder(tmp_path / "many", 90, 2)
-    for batch, splits in ((256, 8), (260, 4), (20, 1)):
+    for batch, splits in ((256, 8), (260, 4), (128, 4), (40, 1)):
         out = run(many, tmp_path / str(batch), "--batch-size", batch, "--max-steps", 1)
         assert json.loads((out / "config.json").read_text())["settings"]["bn_splits"] == splits
 
