@@ -10,7 +10,8 @@ Girshick, CVPR 2020, https://arxiv.org/abs/1911.05722); v2 (https://arxiv.org/ab
     accelerate launch --multi_gpu --num_processes 8 moco.py --data FOLDER --arch resnet50
 
 The same command again goes on with an interrupted run. Deviations: the rate falls step by step (the
-authors': by epoch); BN in 8 groups also on one device; defaults for small images.
+authors': by epoch); BN in groups also on one device; --symmetric in one pass, with the mean of both
+directions (their demo: the sum); defaults for small images.
 """
 
 import argparse
@@ -38,14 +39,14 @@ import common
 from common import ColorJitter, GaussianBlur, RandomApply, RandomResizedCrop, fail, grayscale
 
 # What 2 CPU cores learn from the bundled images in some minutes; a flag that is given wins.
-BUNDLED = {"arch": "small", "epochs": 54, "jitter": [0.8, 0.8, 0.8, 0.2, 0.8], "lr": 0.006,
+BUNDLED = {"arch": "small", "epochs": 54, "jitter": [0.8, 0.8, 0.8, 0.2, 0.8],
            "temperature": 0.07, "optimizer": "adamw", "warmup_epochs": 2, "key_momentum": 0.99}
 VERSIONS = {
     "v1": {"head_layers": 1, "jitter": [0.4] * 4 + [1.0], "schedule": "steps", "temperature": 0.07},
     "v2": {"head_layers": 2, "jitter": [0.4, 0.4, 0.4, 0.1, 0.8], "schedule": "cosine",
            "temperature": 0.2}}
 OPERATIONS = {"v1": ("crop", "gray", "color"), "v2": ("crop", "color", "gray", "blur")}
-LR_256 = {"sgd": 0.03, "adamw": 0.001}  # peak rates at batch 256
+LR_256 = {"sgd": 0.03, "adamw": 0.006}  # peak rates at batch 256
 MAY_BE_0 = {"warmup_epochs", "weight_decay", "seed", "key_momentum"}
 MAY_CHANGE = {"root", "eval_every", "workers", "out", "log_with"}  # when a run goes on
 
@@ -66,7 +67,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--arch", choices=common.ARCHITECTURES, default="resnet18", help="encoder f")
     flag("--stem", choices=("3x3", "7x7"), help="first layer (default: 3x3 up to 64 pixels)")
     flag("--init", help="an encoder.safetensors to start from")
-    flag("--version", choices=VERSIONS, help="the paper that sets other flags (default: v2)")
+    flag("--version", choices=VERSIONS, help="paper of the defaults (v2; if named, of all data)")
     flag("--head-layers", type=int, choices=(1, 2), help="layers of the head (v1: 1, v2: 2)")
     flag("--hidden", type=int, default=512, help="width of the head's hidden layer")
     flag("--dim", type=int, default=128, help="dimensions of q and k")
@@ -83,7 +84,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--max-steps", type=int, help="make the run, and its schedule, no longer than this")
     flag("--batch-size", type=int, default=256, help="images a step, over all processes")
     flag("--optimizer", choices=LR_256, default="sgd", help="optimiser")
-    flag("--lr", type=float, help="peak learning rate (default: 0.03 or, adamw, 0.001 by B / 256)")
+    flag("--lr", type=float, help="peak learning rate (default: by optimiser and batch)")
     flag("--warmup-epochs", type=float, default=0, help="epochs of linear warm-up")
     flag("--weight-decay", type=float, default=1e-4, help="weight decay of all parameters")
     flag("--seed", type=int, default=0, help="seed of the weights, batches and views")
@@ -97,11 +98,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = p.parse_args(argv)
     args.version = args.version or "v2"
     for k, v in vars(args).items():
-        top = {"crop_scale": 1, "key_momentum": 1, "seed": 2**63 - 1}.get(k, sys.float_info.max)
-        if isinstance(v, int | float) and not (0 < v <= top or (v == 0 and k in MAY_BE_0)):
+        low, top = k == "image_size", {"crop_scale": 1, "key_momentum": 1}.get(k, 1e15)
+        if isinstance(v, int | float) and not (low < v <= top or (v == 0 and k in MAY_BE_0)):
             fail(f"--{k.replace('_', '-')} {v} is out of range")
-    if min(args.jitter) < 0 or args.jitter[3] > 0.5 or args.jitter[4] > 1:
-        fail(f"--jitter {args.jitter}: take 0 or more, of the hue to 0.5, the probability to 1")
+    if not all(0 <= v <= top for v, top in zip(args.jitter, (9, 9, 9, 0.5, 1), strict=True)):
+        fail(f"--jitter {args.jitter}: take 0 to 9, of the hue to 0.5, the probability to 1")
     args.lr = args.lr or LR_256[args.optimizer] * args.batch_size / 256
     args.out = Path(args.out or f"runs/moco-{Path(args.data).name}")
     return args
@@ -171,7 +172,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     N, V = args.batch_size, 1 + bool(args.symmetric)  # V views of an image are queries, V are keys
     if not 2 <= N <= len(data) or N % processes:
         fail(f"--batch-size: take 2 to {len(data)} images, a multiple of {processes} processes")
-    groups = math.gcd(N // processes, min(8, N // 32) // processes or 1)  # of a process
+    groups = range(1, 1 + (min(8, N // 32) // processes or 1))  # of a process: those that divide
+    groups = max(n for n in groups if N // processes % n == 0)
     splits = args.bn_splits = args.bn_splits or processes * groups
     if N * V % splits or splits == N * V or splits % processes:
         fail(f"--bn-splits {splits}: take a multiple of {processes} that divides {N * V} queries "
@@ -252,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with torch.no_grad():
             momentum_update(keys, net, args.key_momentum)
             rng = common.generator(args.seed, *divmod(step, epoch_steps), 1)
-            shuffle = torch.randperm(N * V, generator=rng).to(device)  # one for all processes
+            shuffle = common.beside(x_k, torch.randperm(N * V, generator=rng))  # one for all
             x_k = accelerator.gather(x_k)[shuffle.chunk(processes)[rank]]
             k = key_model(x_k.contiguous(memory_format=torch.channels_last)).float()
             k = F.normalize(accelerator.gather(k)[shuffle.argsort()], dim=1)
@@ -285,7 +287,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             say(" · ".join(f"{k} {v:.4g}" for k, v in row.items()))
             if spread < 0.1:
                 say("warning: the embedding collapses: its spread, 1 on the sphere, nears 0")
-            if done > max(warmup, epoch_steps, K // N) and chance - mean < 0.02 * chance:
+            limit = 0.02 * min(chance, 1 / args.temperature)
+            if done > max(warmup, epoch_steps, K // N) and chance - mean < limit:
                 say("warning: the loss stays at chance: take another --lr or --temperature")
             rows.append(row)
             accelerator.log(row, step=done)

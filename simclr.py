@@ -36,10 +36,10 @@ import common
 from common import ColorJitter, GaussianBlur, RandomApply, RandomResizedCrop, fail, grayscale
 
 # What 2 CPU cores learn from the bundled images in some minutes; a flag that is given wins.
-BUNDLED = {"arch": "small", "epochs": 36, "crop_scale": 0.2, "color_strength": 1, "lr": 0.004,
+BUNDLED = {"arch": "small", "epochs": 36, "crop_scale": 0.2, "color_strength": 1,
            "temperature": 0.1, "optimizer": "adamw", "weight_decay": 1e-4, "warmup_epochs": 2}
 OPERATIONS = ("crop", "color", "gray", "blur")
-LR_4096 = {"lars": 4.8, "sgd": 0.48, "adamw": 0.008}  # peak rates at batch 4096
+LR_4096 = {"lars": 4.8, "sgd": 0.48, "adamw": 0.016}  # peak rates at batch 4096
 MAY_BE_0 = {"head_layers", "color_strength", "warmup_epochs", "weight_decay", "seed"}
 MAY_CHANGE = {"root", "eval_every", "workers", "out", "log_with"}  # when a run goes on
 
@@ -84,8 +84,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         p.set_defaults(**BUNDLED)
     args = p.parse_args(argv)
     for k, v in vars(args).items():
-        top = {"crop_scale": 1, "seed": 2**63 - 1}.get(k, sys.float_info.max)
-        if isinstance(v, int | float) and not (0 < v <= top or (v == 0 and k in MAY_BE_0)):
+        low, top = k == "image_size", {"crop_scale": 1}.get(k, 1e15)
+        if isinstance(v, int | float) and not (low < v <= top or (v == 0 and k in MAY_BE_0)):
             fail(f"--{k.replace('_', '-')} {v} is out of range")
     power = {"linear": 1, "sqrt": 0.5}[args.lr_rule]
     args.lr = args.lr or LR_4096[args.optimizer] * (args.batch_size / 4096) ** power

@@ -7,7 +7,7 @@ Mairal, Goyal, Bojanowski and Joulin, NeurIPS 2020, https://arxiv.org/abs/2006.0
 
     python swav.py                                        the bundled images, on a laptop
     accelerate launch --mixed_precision bf16 swav.py --data cifar10 --epochs 500
-    accelerate launch --multi_gpu --num_processes 8 swav.py --data FOLDER --batch-size 4096
+    accelerate launch --multi_gpu --num_processes 8 swav.py --data FOLDER --prototypes 3000
 
 The same command again goes on with an interrupted run. Deviations: Sinkhorn in logs, on the batch
 of all processes; freezing and queue counted in epochs; defaults for small images.
@@ -37,10 +37,10 @@ from common import ColorJitter, GaussianBlur, RandomApply, RandomResizedCrop, fa
 
 # What 2 CPU cores learn from the bundled images in some minutes; a flag that is given wins.
 BUNDLED = {"arch": "small", "epochs": 26, "crops": [2, 2], "crop_scales": [0.3, 1, 0.1, 0.4],
-           "optimizer": "adamw", "lr": 0.004, "weight_decay": 1e-4, "warmup_epochs": 2,
+           "optimizer": "adamw", "weight_decay": 1e-4, "warmup_epochs": 2,
            "prototypes": 256, "queue_size": 0}
 OPERATIONS, AREAS = ("crop", "color", "gray", "blur"), [0.14, 1.0, 0.05, 0.14]
-LR_256 = {"larc": 0.6, "sgd": 0.05, "adamw": 0.001}  # × (batch / 256)^.75: 4.8 at 4096
+LR_256 = {"larc": 0.6, "sgd": 0.05, "adamw": 0.004}  # × (batch / 256)^.75: 4.8 at 4096
 MAY_BE_0 = {"color_strength", "warmup_epochs", "freeze_prototypes", "queue_size", "queue_start",
             "weight_decay", "seed"}
 MAY_CHANGE = {"root", "eval_every", "workers", "out", "log_with"}  # when a run goes on
@@ -91,8 +91,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         p.set_defaults(**BUNDLED)
     args = p.parse_args(argv)
     for k, v in ((k, v) for k, x in vars(args).items() for v in (x if type(x) is list else [x])):
-        top = {"crop_scales": 1, "seed": 2**63 - 1}.get(k, sys.float_info.max)
-        if isinstance(v, int | float) and not (0 < v <= top or (v == 0 and k in MAY_BE_0)):
+        low, top = k in {"prototypes", "crop_sizes"}, {"crop_scales": 1}.get(k, 1e15)
+        if isinstance(v, int | float) and not (low < v <= top or (v == 0 and k in MAY_BE_0)):
             fail(f"--{k.replace('_', '-')} {v} is out of range")
     args.lr = args.lr or LR_256[args.optimizer] * (args.batch_size / 256) ** 0.75
     args.out = Path(args.out or f"runs/swav-{Path(args.data).name}")
@@ -126,13 +126,12 @@ class SwAV(nn.Module):
 # ---------------------------------------------------------------------------------- loss
 @torch.no_grad()
 def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
-    """Codes of Eq. 5: scores [B, K] → [B, K] of float32 (float64: float64), whose rows sum to 1. In
-    turn each prototype gets the same share of the batch and each row one; in float64 logs, since
-    scores / epsilon would be off by 1e-5 in float32."""
-    log_q = scores.to(torch.float32 if scores.device.type == "mps" else torch.float64) / epsilon
+    """Codes of Eq. 5: scores [B, K] → [B, K], float32 or better, whose rows sum to 1. In turn each
+    prototype gets an equal share of the batch and each row one; in logs, below 0.01 in float64."""
+    dtype = torch.float32 if epsilon >= 0.01 or scores.device.type == "mps" else torch.float64
+    log_q = scores.to(torch.promote_types(scores.dtype, dtype)) / epsilon
     for _ in range(iterations):
-        log_q = log_q - log_q.logsumexp(0, keepdim=True)
-        log_q = log_q - log_q.logsumexp(1, keepdim=True)
+        log_q = log_q.log_softmax(0).log_softmax(1)
     return log_q.exp().to(torch.promote_types(scores.dtype, torch.float32))
 
 
@@ -197,8 +196,8 @@ def main(argv: list[str] | None = None) -> None:
     warmup = min(round(args.warmup_epochs * epoch_steps), steps - 1)
     freeze, fill = (round(v * epoch_steps) for v in (args.freeze_prototypes, args.queue_start))
     full = fill + -(-Q // N) if Q else steps  # the step from which the queue is used
-    if K > N and full >= steps:
-        say(f"warning: {N} images of a step share {K} --prototypes, without a full queue: too many")
+    if N + Q * (full < steps) < K:
+        say(f"warning: {N} images of a step share {K} --prototypes, the queue is no help: too many")
     settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
     settings["mixed_precision"] = accelerator.mixed_precision
     config = {"settings": settings, "images": data.fingerprint, "devices": f"{processes} {device}",
@@ -294,7 +293,8 @@ def main(argv: list[str] | None = None) -> None:
                 row["knn"] = common.knn_accuracy(encoder, bank, test, size)
             bar.clear()
             say(" · ".join(f"{k} {v:.4g}" for k, v in row.items()))
-            if done > max(warmup, freeze) and min(spread, 5 * abs(mean / chance - 1)) < 0.1:
+            stuck = abs(mean / chance - 1) < 0.02 and not (rows and rows[-1]["loss"] - mean > 0.02)
+            if done > max(warmup, freeze) and (stuck or spread < 0.1):
                 say("warning: it collapses: the loss stays at chance, or the spread at 0; lower "
                     "--epsilon, longer --freeze-prototypes, later --queue-start, less --prototypes")
             rows.append(row)
@@ -318,7 +318,7 @@ def main(argv: list[str] | None = None) -> None:
     about |= {"method": "swav", "image_size": size, "data": args.data}
     some = data.take(torch.randperm(len(data), generator=common.generator(args.seed))[:5000])
     z = common.extract_features(nn.Sequential(encoder, net.head), some, size)
-    S = F.normalize(z, dim=1) @ C.detach().T  # the images nearest to the ten most used prototypes
+    S = F.normalize(z, dim=1) @ F.normalize(C.detach(), dim=1).T  # [5000, K]
     most = S.argmax(1).bincount(minlength=K).argsort(descending=True)[:10]
     near = S[:, most].argsort(0, descending=True)[:8].T.cpu()
     common.save_pictures(out / "prototypes.png", some.centres(near.flatten(), size), near.shape[1])

@@ -44,7 +44,7 @@ SGD = torch.optim.SGD
 WORK = {simclr: ([(2, 32)], False, simclr.LARS),
         moco: ([(1, 32)], True, partial(SGD, momentum=0.9)),
         swav: ([(2, 32), (6, 18)], False, partial(swav.LARC, momentum=0.9))}
-BLOCK = 4  # steps of a turn
+BLOCK, WARM_UP = 4, 4  # steps of a turn; turns, after which SwAV's queue of 3,840 is full
 
 
 def class_folders(folder: Path, images: int, side: int = 32) -> None:
@@ -85,7 +85,7 @@ def end_to_end(script, argv: list[str], batch: int, turns: int) -> None:
             for _ in range(BLOCK):
                 bare()
             times.append((now - began, time.perf_counter() - now))
-            if len(times) == turns + 2:
+            if len(times) == turns + WARM_UP:
                 return
             began = time.perf_counter()
 
@@ -93,7 +93,7 @@ def end_to_end(script, argv: list[str], batch: int, turns: int) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         script.main(argv)
     common.batches = batches
-    times = times[2:]  # warm-up
+    times = times[WARM_UP:]
     ours, alone = (statistics.median(t) for t in zip(*times, strict=True))
     ratio = statistics.median(b / a for a, b in times)
     print(f"{script.__name__}: {BLOCK * batch / ours:.0f} images/s end to end, "
@@ -203,7 +203,7 @@ if __name__ == "__main__":
     turns = args.turns
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as folder:
-        steps = BLOCK * (turns + 2)  # in one epoch, as with a real set
+        steps = BLOCK * (turns + WARM_UP)  # in one epoch, as with a real set
         class_folders(Path(folder, "images"), 256 * steps)
         if args.negatives:
             negatives(folder)
@@ -211,6 +211,7 @@ if __name__ == "__main__":
         for script in WORK:
             argv = ["--data", f"{folder}/images", "--out", f"{folder}/{script.__name__}", "--stem",
                     "7x7", "--batch-size", "256", "--epochs", "1"]
+            argv += ["--queue-start", "0"] if script is swav else []
             end_to_end(script, argv, 256, turns)
         rounding(f"{folder}/images")
         if args.photographs:

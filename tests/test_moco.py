@@ -182,17 +182,19 @@ def test_a_keys_batch_norm_group_is_not_its_querys(folder, tmp_path, monkeypatch
     data, _, _ = common.load_splits(str(folder), "", None, torch.device("cpu"), 1)
     images = data.images.float().div(255).flatten(1)
 
-    def groups(x, splits):  # of each of the 27 images, the groups in which its views stand
+    def groups(x):  # of each of 24 images, the groups in which its views stand
         nearest = torch.cdist(x.flatten(1), images).argmin(1)
-        return [{int(g) for g in (nearest == i).nonzero()[:, 0] // (len(x) // splits)}
+        return [{int(g) for g in (nearest == i).nonzero()[:, 0] // (len(x) // 4)}
                 for i in nearest.unique()]
 
     orders = []
     for (k, splits), (q, again) in zip(Recording.seen[0::2], Recording.seen[1::2], strict=False):
         assert splits == again == 4 and len(q) == 24 * (1 + symmetric)
-        pairs = [*zip(groups(q, 4), groups(k, 4), strict=True)]
+        pairs = [*zip(groups(q), groups(k), strict=True)]
         moved = sum(a != b for a, b in pairs)
         assert len(pairs) == 24 and moved > 24 / 2  # 3/4 are expected, without a shuffle none
+        for group in range(4):  # nor does a group of queries become one of keys
+            assert len(set.union(*(b for a, b in pairs if group in a))) > 2
         orders.append(torch.cdist(k.flatten(1), images).argmin(1))
     assert len(orders) == 3 and not torch.equal(orders[0], orders[1])
 
@@ -210,7 +212,7 @@ def test_every_batch_norm_is_split_and_averages_over_a_steps_groups(folder, tmp_
 
 def test_by_default_a_batch_is_normalised_in_up_to_eight_groups_of_32(tmp_path):
     many = write_folder(tmp_path / "many", 90, 2)
-    for batch, splits in ((256, 8), (260, 4), (128, 4), (40, 1)):
+    for batch, splits in ((256, 8), (250, 5), (128, 4), (40, 1)):
         out = run(many, tmp_path / str(batch), "--batch-size", batch, "--max-steps", 1)
         assert json.loads((out / "config.json").read_text())["settings"]["bn_splits"] == splits
 
@@ -232,6 +234,45 @@ def test_versions_set_what_the_papers_did_and_flags_win():
     assert bundled.version == "v2" and bundled.jitter[:2] == [0.8, 0.8]
     v1 = moco.parse_arguments(["--version", "v1"])  # one that is named wins over the images'
     assert (v1.arch, v1.head_layers, v1.temperature, v1.jitter[3]) == ("small", 1, 0.07, 0.4)
+
+
+@pytest.mark.parametrize(("version", "size", "operations"), [
+    ("v1", 80, [common.grayscale, common.ColorJitter]),
+    ("v2", 64, [common.ColorJitter, common.grayscale]),
+    ("v2", 80, [common.ColorJitter, common.grayscale, common.GaussianBlur]),
+])
+def test_a_run_takes_the_versions_operations_in_order(folder, tmp_path, monkeypatch, version, size,
+                                                      operations):
+    class SeenError(Exception):
+        pass
+
+    def seeing(data, recipes, *_):
+        raise SeenError(recipes)
+
+    monkeypatch.setattr(common, "batches", seeing)
+    with pytest.raises(SeenError) as seen:
+        run(folder, tmp_path / "run", "--version", version, "--image-size", size)
+    (count, (crop, *rest)), = seen.value.args[0]
+    assert (count, crop.size, crop.scale) == (2, size, (0.2, 1.0))
+    kinds = [getattr(o.operation, "__name__", type(o.operation).__name__) for o in rest]
+    assert kinds == [o.__name__ for o in operations]
+
+
+@pytest.mark.parametrize("warned", [False, True])
+def test_a_collapsed_embedding_and_a_loss_at_chance_are_warned_of(folder, tmp_path, capsys, warned):
+    more = ["--queue-size", 10, "--key-momentum", 0.9, "--lr", 0.003, "--optimizer", "adamw",
+            "--augment", "crop", "--crop-scale", 0.8, "--epochs", 4]
+    if warned:  # an encoder that gives nearly the same for everything
+        encoder = common.build_encoder("small")
+        nn.init.zeros_(encoder[4][1].weight)
+        nn.init.ones_(encoder[4][1].bias)
+        common.save_encoder(tmp_path / "flat.safetensors", encoder, architecture="small",
+                            stem="3x3")
+        more = ["--lr", 1e-12, "--init", tmp_path / "flat.safetensors", "--version", "v1"]
+    run(folder, tmp_path / "run", *more)
+    printed = capsys.readouterr().out
+    assert ("the embedding collapses" in printed) == warned
+    assert ("stays at chance" in printed) == warned
 
 
 def test_augmentation_keeps_the_given_order():
@@ -275,6 +316,7 @@ def test_the_default_queue_is_a_power_of_two_and_a_long_one_is_warned_of(folder,
 @pytest.mark.parametrize("more", [
     ["--queue-size", "3"], ["--queue-size", "7", "--symmetric"], ["--bn-splits", "3"],
     ["--bn-splits", "4"], ["--key-momentum", "1.5"], ["--jitter", "1", "1", "1", "1", "-1"],
+    ["--jitter", "nan", "1", "1", "0.5", "1"], ["--jitter", "1", "1", "1", "0.5", "1.5"],
     ["--jitter", "1"], ["--version", "v3"], ["--schedule", "linear"], ["--augment", "rotate"],
     ["--head-layers", "3"], ["--optimizer", "lars"],
 ], ids=lambda more: "".join(more))

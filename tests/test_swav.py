@@ -353,6 +353,7 @@ def test_prototypes_png_shows_the_images_nearest_to_some(folder, tmp_path, monke
     with torch.no_grad():
         pictures = data.centres(torch.arange(27), 12)
         _, scores = net.eval()(pictures)
+        scores = scores / net.prototypes.weight.norm(dim=1)
     used = scores.argmax(1).bincount(minlength=4).argsort(descending=True)
     best = scores[:, used[0]].argsort(descending=True)[:8]
     torch.testing.assert_close(images[:8], pictures[best])
@@ -372,8 +373,10 @@ def test_too_many_prototypes_are_said_at_the_start(folder, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("warning: 4 images of a step share 5 --prototypes")
     run(folder, tmp_path / "b", "--max-steps", 1)
     assert "share" not in capsys.readouterr().out
-    run(folder, tmp_path / "c", "--prototypes", 5, "--queue-size", 8, "--queue-start", 0.5)
+    run(folder, tmp_path / "c", "--prototypes", 12, "--queue-size", 8, "--queue-start", 0.5)
     assert "share" not in capsys.readouterr().out  # full at step 5 of 12
+    run(folder, tmp_path / "e", "--prototypes", 13, "--queue-size", 8, "--queue-start", 0.5)
+    assert "share" in capsys.readouterr().out  # 4 + 8 are not enough
     run(folder, tmp_path / "d", "--prototypes", 5, "--queue-size", 8, "--queue-start", 2)
     assert "share" in capsys.readouterr().out
 
@@ -396,6 +399,20 @@ def test_collapse_is_warned_of_with_what_to_turn(folder, tmp_path, capsys, colla
     assert (rows[-1]["entropy"] < 0.1) == collapsed
 
 
+@pytest.mark.parametrize(("losses", "warned"), [((1.39, 1.385), True), ((1.45, 1.40), False),
+                                                ((0.9, 0.8), False)])
+def test_a_loss_that_stays_at_chance_is_warned_of_not_one_that_passes_it(
+        folder, tmp_path, monkeypatch, capsys, losses, warned):
+    steps, real = iter([losses[0]] * 6 + [losses[1]] * 6), swav.swapped_prediction_loss
+
+    def given(*args):  # ln 4 is 1.386
+        return real(*args) * 0 + next(steps)
+
+    monkeypatch.setattr(swav, "swapped_prediction_loss", given)
+    run(folder, tmp_path / "run", "--crops", 2, "--lr", 1e-9)
+    assert ("it collapses" in capsys.readouterr().out) == warned
+
+
 def test_defaults_are_the_papers_but_for_few_prototypes():
     args = swav.parse_arguments(["--data", "cifar10"])
     assert (args.crops, args.crop_scales) == ([2, 6], [0.14, 1.0, 0.05, 0.14])
@@ -416,7 +433,8 @@ def test_fewer_crops_take_the_first_sizes_and_scales(folder, tmp_path, seen):
     ["--crop-sizes", "12", "--crops", "2", "6"], ["--crop-sizes", "12", "0"],
     ["--crop-scales", "0.1", "1", "--crops", "2", "6"],
     ["--crop-scales", "0.1", "1", "0.2", "0.1"], ["--crop-scales", "0.1", "1.1", "0.1", "0.2"],
-    ["--crop-scales", "0", "1", "0.1", "0.2"], ["--prototypes", "0"], ["--epsilon", "0"],
+    ["--crop-scales", "0", "1", "0.1", "0.2"], ["--prototypes", "1"],
+    ["--crop-sizes", "1", "1"], ["--epsilon", "0"],
     ["--queue-size", "-1"], ["--freeze-prototypes", "-1"], ["--queue-start", "nan"],
 ], ids=lambda more: "".join(more))
 def test_bad_flags_are_refused_in_one_line(folder, tmp_path, capsys, more):
