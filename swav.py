@@ -38,7 +38,7 @@ from common import ColorJitter, GaussianBlur, RandomApply, RandomResizedCrop, fa
 # What 2 CPU cores learn from the bundled images in some minutes; a flag that is given wins.
 BUNDLED = {"arch": "small", "epochs": 26, "crops": [2, 2], "crop_scales": [0.3, 1, 0.1, 0.4],
            "optimizer": "adamw", "weight_decay": 1e-4, "warmup_epochs": 2,
-           "prototypes": 256, "queue_size": 0}
+           "prototypes": 256, "queue_size": 0, "epsilon": 0.03}
 OPERATIONS, AREAS = ("crop", "color", "gray", "blur"), [0.14, 1.0, 0.05, 0.14]
 LR_256 = {"larc": 0.6, "sgd": 0.05, "adamw": 0.004}  # × (batch / 256)^.75: 4.8 at 4096
 MAY_BE_0 = {"color_strength", "warmup_epochs", "freeze_prototypes", "queue_size", "queue_start",
