@@ -1,7 +1,9 @@
 """What a run of each further method promises, as test_simclr.py shows it for simclr.py."""
 
 import importlib
+import itertools
 import json
+import math
 import os
 import signal
 import time
@@ -208,12 +210,21 @@ def test_a_run_with_other_settings_or_a_damaged_one_is_refused(method, plain, fo
     assert "no folder of a run" in error
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(method, folder, tmp_path, capsys):
-    # The rate rises over 6 steps of warm-up, an epoch: the first checkpoint is of step 6.
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(method, folder, tmp_path,
+                                                                  monkeypatch, capsys):
+    module, calls = importlib.import_module(method), itertools.count()
+    name = {"moco": "info_nce", "swav": "swapped_prediction_loss"}[method]
+    real = getattr(module, name)
+
+    def breaks(*args):  # at step 8 of 12
+        return real(*args) * (math.nan if next(calls) == 8 else 1)
+
+    monkeypatch.setattr(module, name, breaks)
     with pytest.raises(SystemExit) as exit_:
-        run(method, folder, tmp_path / "run", "--lr", 1e38, "--optimizer", "sgd",
-            "--weight-decay", 1e38)
-    assert exit_.value.code == 2 and "is not finite" in capsys.readouterr().err
+        run(method, folder, tmp_path / "run")
+    assert exit_.value.code == 2 and "step 8 is not finite" in capsys.readouterr().err
+    state = checkpoint(tmp_path / "run")
+    assert state["step"] == 6 and all(v.isfinite().all() for v in state["model"].values())
     assert not (tmp_path / "run" / "results.json").exists()
 
 
