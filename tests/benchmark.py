@@ -2,8 +2,8 @@
 
 1. Images a second of each script's own training loop, end to end, against its encoder alone: on
    ready views of the same shapes and precision forward, backward and optimiser step, for moco.py
-   also the forward pass of the keys, for swav.py one a resolution. The two take turns within
-   one run of main(), so that the drift of the machine cancels.
+   also the forward pass of the keys (both with BN in 8 groups, as it has), for swav.py a pass for
+   each resolution. The two take turns within one run of main(): the machine's drift cancels.
 2. Views a second of the augmentation alone against torchvision's v2 transforms image by image, in
    as many worker processes as there are cores.
 3. With --photographs FOLDER (train/ and val/ with class folders): the share of time for which a
@@ -62,6 +62,9 @@ def end_to_end(script, argv: list[str], batch: int, turns: int) -> None:
     views, with_keys, make = WORK[script]
     encoder, keys = (common.build_encoder("resnet18", "7x7").to(memory_format=torch.channels_last)
                      for _ in range(2))
+    for module in [*encoder.modules(), *keys.modules()] if script is moco else []:
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.__class__, module.splits = moco.SplitBatchNorm, 8
     optimizer = make(encoder.parameters(), 1e-3)
     shapes = [(count * batch, 3, side, side) for count, side in views]
     inputs = [torch.rand(s).contiguous(memory_format=torch.channels_last) for s in shapes]
@@ -197,6 +200,7 @@ def rounding(folder: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=12, help="turns of each comparison")
+    parser.add_argument("--only", choices=[s.__name__ for s in WORK], help="one script's loop")
     parser.add_argument("--photographs", help="class folders of photographs")
     parser.add_argument("--negatives", action="store_true", help="moco.py's memory by its queue")
     args = parser.parse_args()
@@ -208,11 +212,13 @@ if __name__ == "__main__":
         if args.negatives:
             negatives(folder)
             sys.exit()
-        for script in WORK:
+        for script in [s for s in WORK if args.only in (None, s.__name__)]:
             argv = ["--data", f"{folder}/images", "--out", f"{folder}/{script.__name__}", "--stem",
                     "7x7", "--batch-size", "256", "--epochs", "1"]
             argv += ["--queue-start", "0"] if script is swav else []
             end_to_end(script, argv, 256, turns)
+        if args.only:
+            sys.exit()
         rounding(f"{folder}/images")
         if args.photographs:
             waiting(args.photographs, folder)
