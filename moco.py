@@ -98,7 +98,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = p.parse_args(argv)
     args.version = args.version or "v2"
     for k, v in vars(args).items():
-        low, top = k == "image_size", {"crop_scale": 1, "key_momentum": 1}.get(k, 1e30)
+        top = {"crop_scale": 1, "key_momentum": 1, "seed": 2**63 - 1}.get(k, 1e30)
+        low = k == "image_size"
         if isinstance(v, int | float) and not (low < v <= top or (v == 0 and k in MAY_BE_0)):
             fail(f"--{k.replace('_', '-')} {v} is out of range")
     if not all(0 <= v <= top for v, top in zip(args.jitter, (9, 9, 9, 0.5, 1), strict=True)):

@@ -84,7 +84,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         p.set_defaults(**BUNDLED)
     args = p.parse_args(argv)
     for k, v in vars(args).items():
-        low, top = k == "image_size", {"crop_scale": 1}.get(k, 1e30)
+        low, top = k == "image_size", {"crop_scale": 1, "seed": 2**63 - 1}.get(k, 1e30)
         if isinstance(v, int | float) and not (low < v <= top or (v == 0 and k in MAY_BE_0)):
             fail(f"--{k.replace('_', '-')} {v} is out of range")
     power = {"linear": 1, "sqrt": 0.5}[args.lr_rule]

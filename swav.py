@@ -91,7 +91,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         p.set_defaults(**BUNDLED)
     args = p.parse_args(argv)
     for k, v in ((k, v) for k, x in vars(args).items() for v in (x if type(x) is list else [x])):
-        low, top = k in {"prototypes", "crop_sizes"}, {"crop_scales": 1}.get(k, 1e30)
+        low, top = k in {"prototypes", "crop_sizes"}, {"crop_scales": 1, "seed": 2**63}.get(k, 1e30)
         if isinstance(v, int | float) and not (low < v <= top or (v == 0 and k in MAY_BE_0)):
             fail(f"--{k.replace('_', '-')} {v} is out of range")
     args.lr = args.lr or LR_256[args.optimizer] * (args.batch_size / 256) ** 0.75

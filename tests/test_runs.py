@@ -230,9 +230,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(method, folder
 
 @pytest.mark.parametrize("more", [
     ["--epochs", "0"], ["--batch-size", "1"], ["--batch-size", "28"], ["--temperature", "0"],
-    ["--lr", "nan"], ["--seed", "-1"], ["--limit", "0"], ["--dim", "0"], ["--arch", "vgg"],
-    ["--warmup-epochs", "1e308"], ["--data", "cifar11"], ["--init", "nowhere.safetensors"],
-    ["--epoch", "3"],
+    ["--lr", "nan"], ["--seed", "-1"], ["--seed", "9" * 20], ["--limit", "0"], ["--dim", "0"],
+    ["--arch", "vgg"], ["--warmup-epochs", "1e308"], ["--data", "cifar11"],
+    ["--init", "nowhere.safetensors"], ["--epoch", "3"],
 ], ids=lambda more: "".join(more))
 def test_bad_flags_are_refused_in_one_line_before_training(method, folder, tmp_path, capsys, more):
     main = importlib.import_module(method).main
