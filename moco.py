@@ -126,7 +126,9 @@ class SplitBatchNorm(nn.BatchNorm2d):
     """BN of each of `splits` parts of the rows on its own, as if each were on a GPU of its own."""
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = x.chunk(self.splits) if self.training else [x]
+        if not self.training:
+            return super().forward(x)
+        parts = x.chunk(self.splits)
         return torch.cat([nn.BatchNorm2d.forward(self, part) for part in parts])
 
 
@@ -216,9 +218,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     head = torchvision.ops.MLP(encoder.width, [args.hidden] * (args.head_layers - 1) + [args.dim])
     net = nn.Sequential(encoder, head).to(device, memory_format=torch.channels_last)
     for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):  # all groups of a step are one step of its averages
+        if isinstance(module, nn.BatchNorm2d) and splits > processes:
             module.__class__, module.splits = SplitBatchNorm, splits // processes
-            module.momentum /= module.splits
+            module.momentum /= module.splits  # a step's groups are one step of its averages
     keys = copy.deepcopy(net).requires_grad_(False)
     queue = torch.randn(K, args.dim, generator=common.generator(args.seed)).to(device)
     keys.register_buffer("queue", F.normalize(queue, dim=1))
