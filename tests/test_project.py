@@ -10,9 +10,11 @@ import sys
 import pytest
 from conftest import ROOT
 
+import drlim
 import linear_eval
 import moco
 import simclr
+import supcon
 import swav
 
 try:
@@ -20,9 +22,8 @@ try:
 except ModuleNotFoundError:  # Python 3.10; pytest brings it there
     import tomli as tomllib
 
-METHODS = [name for name in ("simclr", "moco", "swav", "supcon", "drlim", "linear_eval")
-           if (ROOT / f"{name}.py").exists()]
-MODULES = [simclr, moco, swav, linear_eval]
+MODULES = [simclr, moco, swav, supcon, drlim, linear_eval]
+METHODS = [module.__name__ for module in MODULES]
 README = (ROOT / "README.md").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -87,7 +88,7 @@ def test_importing_runs_nothing(name, tmp_path):
     assert done.returncode == 0 and done.stdout == "" and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script", ["simclr.py", "moco.py", "swav.py"])
+@pytest.mark.parametrize("script", ["simclr.py", "moco.py", "swav.py", "supcon.py"])
 def test_a_copied_script_with_common_works_elsewhere(script, folder, tmp_path):
     for name in (script, "common.py"):
         (tmp_path / name).write_text((ROOT / name).read_text())

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import common
 
 OWN = {"moco": ["--queue-size", "18", "--symmetric"],
-       "swav": ["--prototypes", "4", "--queue-size", "10", "--queue-start", "0.5"]}
+       "swav": ["--prototypes", "4", "--queue-size", "10", "--queue-start", "0.5"], "supcon": []}
 TIMES = ("images_per_s", "minutes_left", "wait")
 
 
@@ -144,6 +144,9 @@ CHANGES = {
              ["--freeze-prototypes", 0], ["--crops", 2, 1], ["--crop-sizes", 12, 8],
              ["--crop-scales", 0.5, 1, 0.1, 0.2], ["--optimizer", "adamw"], ["--optimizer", "sgd"],
              ["--color-strength", 0.5], ["--head-layers", 1]],
+    "supcon": [["--loss", "in"], ["--loss", "ce"], ["--max-positives", 1], ["--label-noise", 0.5],
+               ["--head-layers", 1], ["--image-size", 16], ["--crop-scale", 0.9],
+               ["--optimizer", "adamw"], ["--color-strength", 1]],
 }
 SHARED = [["--seed", 1], ["--lr", 0.5], ["--temperature", 0.5], ["--weight-decay", 0.1],
           ["--warmup-epochs", 0.5], ["--hidden", 24], ["--augment", "crop"], ["--dim", 4],
@@ -190,7 +193,8 @@ def test_log_with_writes_every_row_to_the_tracker(method, folder, tmp_path):
 def test_training_lowers_the_loss(method, folder, tmp_path):
     more = {"moco": ["--queue-size", 10, "--key-momentum", 0.9, "--crop-scale", 0.8],
             "swav": ["--crops", 2, "--crop-scales", 0.8, 1, "--freeze-prototypes", 0,
-                     "--prototypes", 4, "--queue-size", 0]}[method]
+                     "--prototypes", 4, "--queue-size", 0],
+            "supcon": ["--crop-scale", 0.8]}[method]
     out = tmp_path / "run"
     argv = ["--data", folder, "--out", out, *TINY, "--epochs", 12, "--optimizer", "adamw", "--lr",
             0.003, "--augment", "crop", "--batch-size", 8, *more]
@@ -213,7 +217,7 @@ def test_a_run_with_other_settings_or_a_damaged_one_is_refused(method, plain, fo
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(method, folder, tmp_path,
                                                                   monkeypatch, capsys):
     module, calls = importlib.import_module(method), itertools.count()
-    name = {"moco": "info_nce", "swav": "swapped_prediction_loss"}[method]
+    name = {"moco": "info_nce", "swav": "swapped_prediction_loss", "supcon": "supcon_loss"}[method]
     real = getattr(module, name)
 
     def breaks(*args):  # at step 8 of 12

@@ -1,0 +1,256 @@
+"""supcon.py: both losses, their relations to others, positives, noise, labels and the baseline."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, metrics, refused, write_folder
+
+import common
+import simclr
+import supcon
+from supcon import mislabelled, supcon_loss
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """27 images of 3 classes: 6 steps an epoch at batch 4."""
+    return write_folder(tmp_path_factory.mktemp("few") / "stripes", 9)
+
+
+def run(folder, out, *more):
+    supcon.main(["--data", str(folder), "--out", str(out), *TINY, *map(str, more)])
+    return out
+
+
+def unit(*shape):
+    return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
+
+
+# ----------------------------------------------------------------------------------------- loss
+def slow_supcon(z, labels, temperature, variant, cap=None):
+    """Eq. 2 and 3 for each anchor, term by term; cap: own views, then the next images' in turn."""
+    N, V = z.shape[:2]
+    views = [(n, v) for n in range(N) for v in range(V)]
+    losses = []
+    for n, v in views:
+        def score(a, anchor=z[n, v]):
+            return (anchor @ z[a] / temperature).exp()
+
+        turn = [((n + step) % N, w) for step in range(N) for w in range(V)]
+        P = [a for a in turn if a != (n, v) and labels[a[0]] == labels[n]][:cap]
+        A = [a for a in views if a != (n, v)]
+        if P:
+            shares = [score(p) / sum(score(a) for a in A) for p in P]
+            out = sum(torch.log(s) for s in shares) / len(P)
+            losses.append(-(out if variant == "out" else torch.log(sum(shares) / len(P))))
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("variant", ["out", "in"])
+@pytest.mark.parametrize(("shape", "labels", "cap"), [
+    ((5, 1, 4), [0, 1, 0, 2, 0], None), ((4, 2, 3), [0, 0, 1, 2], None),
+    ((4, 3, 6), [1, 0, 1, 1], None), ((5, 2, 3), [0, 0, 0, 1, 0], 3), ((3, 3, 4), [0, 0, 1], 1),
+])
+def test_both_losses_and_their_gradients_are_those_of_the_equations(variant, shape, labels, cap):
+    torch.manual_seed(len(labels))
+    z = (2 * torch.randn(*shape, dtype=torch.float64)).requires_grad_()  # of any length
+    labels = torch.tensor(labels)
+    ours = supcon_loss(z, labels, 0.7, variant, cap)
+    slow = slow_supcon(z, labels, 0.7, variant, cap)
+    torch.testing.assert_close(ours, slow, rtol=1e-12, atol=1e-12)
+    mine, theirs = (torch.autograd.grad(loss, z)[0] for loss in (ours, slow))
+    torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_vectors():
+    z = torch.tensor([[[.01, .02, .14], [.38, .61, .50]], [[.86, .97, .33], [.26, .68, .45]],
+                      [[.32, .64, .28], [.45, .74, .73]]], dtype=torch.float64)
+    labels = torch.tensor([0, 0, 1])
+    assert abs(supcon_loss(z, labels, 1).item() - 1.685890835910) < 1e-12
+    assert abs(supcon_loss(z, labels, 1, "in").item() - 1.644654982217) < 1e-12
+    triple = torch.eye(3, dtype=torch.float64)[:, None].expand(3, 2, 3)
+    assert abs(supcon_loss(triple, labels, 1).item() - 1.349276885999) < 1e-12
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1.0])
+def test_a_tetrahedron_gives_ln_3(temperature):
+    corners = torch.tensor([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]).double() / 3**0.5
+    for variant in ("out", "in"):
+        loss = supcon_loss(corners.view(2, 2, 3), torch.tensor([0, 1]), temperature, variant)
+        assert abs(loss.item() - math.log(3)) < 1e-12
+
+
+def test_equal_embeddings_give_the_chance_that_a_run_shows(folder, tmp_path):
+    rows = {loss: metrics(run(folder, tmp_path / loss, "--max-steps", 1, "--loss", loss))
+            for loss in ("out", "in", "ce")}
+    z = torch.ones(4, 2, 3, dtype=torch.float64)
+    for variant in ("out", "in"):
+        loss = supcon_loss(z, torch.tensor([0, 0, 1, 2]), 0.1, variant).item()
+        assert abs(loss - rows[variant][0]["chance"]) < 1e-12
+        assert rows[variant][0]["chance"] == math.log(7)
+    assert rows["ce"][0]["chance"] == math.log(3)
+
+
+@pytest.mark.parametrize("variant", ["out", "in"])
+def test_anchors_without_a_positive_are_left_out(variant):
+    z, labels = unit(4, 1, 5), torch.tensor([0, 1, 0, 2])
+    whole = slow_supcon(z, labels, 0.1, variant)  # of two anchors
+    torch.testing.assert_close(supcon_loss(z, labels, 0.1, variant), whole)
+
+
+@pytest.mark.parametrize("variant", ["out", "in"])
+@pytest.mark.parametrize("shape", [(3, 1, 4), (1, 1, 4)])
+def test_a_batch_without_positives_gives_0_with_a_gradient_of_0(variant, shape):
+    z = unit(*shape).requires_grad_()
+    loss = supcon_loss(z, torch.arange(len(z)), 0.1, variant)
+    assert loss.item() == 0
+    assert torch.equal(torch.autograd.grad(loss, z)[0], torch.zeros_like(z))
+
+
+@pytest.mark.parametrize("variant", ["out", "in"])
+def test_a_batch_of_one_class_is_no_special_case(variant):
+    z, labels = unit(3, 2, 4), torch.zeros(3, dtype=torch.long)
+    ours = supcon_loss(z, labels, 0.5, variant)
+    torch.testing.assert_close(ours, slow_supcon(z, labels, 0.5, variant))
+
+
+@pytest.mark.parametrize("temperature", [0.001, 0.1])
+def test_low_temperatures_and_rounded_embeddings_stay_finite(temperature):
+    for variant in ("out", "in"):
+        z = unit(8, 2, 4).bfloat16().requires_grad_()
+        loss = supcon_loss(z.float(), torch.arange(8) // 3, temperature, variant)
+        assert loss.isfinite() and torch.autograd.grad(loss, z)[0].isfinite().all()
+
+
+def test_it_refuses_other_shapes_variants_and_caps():
+    z, labels = torch.rand(3, 2, 4), torch.arange(3)
+    for wrong in ((z[:, 0], labels, 1), (z, labels[:2], 1), (z, labels[:, None], 1),
+                  (z, labels, 1, "ce"), (z, labels, 1, "out", 0)):
+        with pytest.raises(ValueError, match=r"z \[N, V, D\]|max_positives"):
+            supcon_loss(*wrong)
+
+
+# ------------------------------------------------------------------------------------- relations
+@pytest.mark.parametrize("variant", ["out", "in"])
+def test_unique_labels_give_nt_xent_and_so_does_one_positive(variant):
+    z, labels = unit(5, 2, 6), torch.tensor([0, 0, 1, 0, 1])
+    nt_xent = simclr.nt_xent(z[:, 0], z[:, 1], 0.3)
+    torch.testing.assert_close(supcon_loss(z, torch.arange(5), 0.3, variant), nt_xent)
+    torch.testing.assert_close(supcon_loss(z, labels, 0.3, variant, 1), nt_xent)
+
+
+def test_one_positive_and_many_negatives_give_the_n_pairs_loss():
+    z = torch.randn(6, 1, 4, dtype=torch.float64)
+    labels, total = torch.arange(6) % 3, 0
+    for a in range(6):
+        p = (a + 3) % 6
+        others = [z[a, 0] @ z[n, 0] - z[a, 0] @ z[p, 0] for n in range(6) if n not in (a, p)]
+        total = total + torch.log1p(sum(map(torch.exp, others)))
+    torch.testing.assert_close(supcon_loss(z, labels, 1), total / 6)
+
+
+def test_one_positive_and_one_negative_give_the_triplet_loss_to_second_order():
+    torch.manual_seed(0)
+    directions, rest = torch.randn(3, 5, dtype=torch.float64), []
+    for scale in (0.1, 0.05):  # distances halved: the rest falls to a sixteenth
+        a, p, n = F.normalize(torch.ones(5, dtype=torch.float64) + scale * directions, dim=1)
+        loss = supcon_loss(torch.stack([a, p, n])[:, None], torch.tensor([0, 0, 1]), 0.1)
+        from_a = (a - p).square().sum() - (a - n).square().sum()
+        from_p = (a - p).square().sum() - (p - n).square().sum()
+        triplet = math.log(2) + (from_a + from_p) / 2 / (4 * 0.1)
+        rest.append((loss - triplet).item())
+    assert rest[0] / rest[1] == pytest.approx(16, rel=0.1) and abs(rest[1]) < 1e-3
+
+
+def test_l_in_is_never_above_l_out():  # the paper's §3.2.2, by Jensen
+    for _ in range(20):
+        z, labels = unit(6, 2, 4), torch.randint(3, (6,))
+        assert supcon_loss(z, labels, 0.1, "in") <= supcon_loss(z, labels, 0.1, "out") + 1e-12
+
+
+# ---------------------------------------------------------------------------------- noise, labels
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_noise_makes_just_that_share_wrong_evenly(share):
+    labels = torch.arange(5).repeat(2000)
+    noisy = mislabelled(labels, share, 3)
+    assert (noisy != labels).sum().item() == round(share * 10000)
+    wrong = ((noisy - labels) % 5)[noisy != labels].bincount(minlength=5)[1:]
+    assert (wrong - wrong.double().mean()).abs().max() < 5 * 50
+    assert noisy.unique().numel() == 5 and torch.equal(noisy, mislabelled(labels, share, 3))
+    assert share != 0.4 or not torch.equal(noisy, mislabelled(labels, share, 4))
+
+
+def test_training_sees_the_noise_and_the_evaluation_does_not(folder, tmp_path, monkeypatch):
+    seen, banks = [], []
+    loss, knn = supcon.supcon_loss, common.knn_accuracy
+    monkeypatch.setattr(supcon, "supcon_loss", lambda z, y, *a: seen.append(y) or loss(z, y, *a))
+    monkeypatch.setattr(common, "knn_accuracy", lambda e, bank, *a: banks.append(bank.labels)
+                        or knn(e, bank, *a))
+    run(folder, tmp_path / "run", "--batch-size", 27, "--label-noise", 0.5, "--epochs", 1)
+    true = torch.arange(3).repeat_interleave(9)
+    assert all(torch.equal(labels, true) for labels in banks) and banks
+    data = common.load_splits(str(folder), "", None, torch.device("cpu"), 1)[1]
+    index = common.draw(27, [], 27, 0, torch.arange(27), 0)[0]
+    assert torch.equal(seen[0], mislabelled(data.labels, 0.5, 0)[index])
+
+
+def test_images_without_classes_or_of_one_class_are_refused(folder, tmp_path, capsys):
+    argv = ["--out", str(tmp_path / "run"), *TINY]
+    assert "no labels" in refused(capsys, supcon.main, [
+        *argv, "--data", folder / "train" / "along"])
+    for part in ("train", "test"):
+        (tmp_path / "one" / part).mkdir(parents=True)
+        (tmp_path / "one" / part / "a").symlink_to(folder / part / "along")
+    assert "single class" in refused(capsys, supcon.main, [*argv, "--data", tmp_path / "one"])
+    assert "single class" in refused(capsys, supcon.main, [*argv, "--data", folder, "--limit", 1])
+
+
+@pytest.mark.parametrize("more", [["--label-noise", "1.1"], ["--label-noise", "-0.1"],
+                                  ["--max-positives", "0"], ["--loss", "both"]])
+def test_bad_flags_of_its_own_are_refused(folder, tmp_path, capsys, more):
+    error = refused(capsys, supcon.main, ["--data", folder, "--out", tmp_path / "run", *more])
+    assert more[0] in error
+
+
+# ---------------------------------------------------------------------------------------- the run
+def test_many_anchors_without_another_of_their_class_are_warned_of(folder, tmp_path, capsys):
+    run(folder, tmp_path / "few", "--max-steps", 1)  # (2/3)³ of 3 equal classes
+    assert "30 % of a batch's 4 images" in capsys.readouterr().out
+    run(folder, tmp_path / "many", "--max-steps", 1, "--batch-size", 27)
+    run(folder, tmp_path / "ce", "--max-steps", 1, "--loss", "ce")
+    assert "alone in their class" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("loss", ["out", "in", "ce"])
+def test_a_loss_at_chance_is_warned_of_and_one_that_falls_is_not(loss, folder, tmp_path, capsys,
+                                                                 monkeypatch):
+    real, entropy = F.normalize, F.cross_entropy
+    if loss == "ce":
+        monkeypatch.setattr(F, "cross_entropy", lambda z, *a, **k: entropy(0 * z, *a, **k))
+    else:  # all at one point
+        monkeypatch.setattr(F, "normalize", lambda z, **k: real(0 * z + 1, **k))
+    run(folder, tmp_path / "stuck", "--loss", loss)
+    assert "stays at chance" in capsys.readouterr().out
+    monkeypatch.undo()
+    run(folder, tmp_path / "falls", "--loss", loss, "--batch-size", 9, "--epochs", 9, "--optimizer",
+        "adamw", "--lr", 0.003, "--crop-scale", 0.9, "--color-strength", 0.1)
+    last = capsys.readouterr().out.split("epoch 9 ·")[1]
+    assert "warning" not in last
+
+
+def test_the_baseline_reports_its_own_classifier(folder, tmp_path):
+    out = run(folder, tmp_path / "run", "--loss", "ce", "--batch-size", 9, "--epochs", 20,
+              "--optimizer", "adamw", "--lr", 0.01, "--crop-scale", 0.9, "--color-strength", 0.1)
+    rows = metrics(out)
+    assert rows[-1]["classifier"] > 60 and rows[-1]["loss"] < rows[0]["loss"] - 0.3
+    state = torch.load(out / "checkpoint.pt", weights_only=True)["model"]
+    encoder = common.load_encoder(out / "encoder.safetensors")[0]
+    test = common.load_splits(str(folder), "", None, torch.device("cpu"), 1)[2]
+    h = common.extract_features(encoder, test, 12)
+    scores = h @ state["1.weight"].T + state["1.bias"]
+    assert common.accuracy(scores, test.labels) == pytest.approx(rows[-1]["classifier"])
+    assert json.loads((out / "results.json").read_text())[0]["features"] == "supcon"
+    assert "classifier" not in metrics(run(folder, tmp_path / "out", "--max-steps", 1))[0]
