@@ -60,7 +60,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
          help="similar: nearest by pixels, with all shifted copies, or alike labels (not DrLIM)")
     flag("--neighbours", type=int, default=5, help="similar images of each image")
     flag("--shifts", type=int, nargs="+", help="pixels to the right of copies (shifts: -6 -3 3 6)")
-    flag("--ratio", type=float, default=0.25, help="dissimilar pairs to each similar one")
+    flag("--ratio", type=float, default=0.1, help="dissimilar pairs to each similar one")
     flag("--margin", type=float, default=1.25, help="margin m of the loss")
     flag("--epochs", type=int, default=20, help="passes over the similar pairs")
     flag("--batch-size", type=int, default=256, help="similar pairs a step, over all processes")
