@@ -160,7 +160,8 @@ def draw_map(g: Tensor, images: Tensor, kinds: Tensor, side: int = 1000) -> Tens
     of their kind [N] → [3, side, side]."""
     g, size = F.pad(g, (0, 1))[:, :2].cpu(), images.shape[3] + 4
     g, canvas = g - g.amin(0), torch.ones(3, side, side)
-    places = (g / g.max().clamp(min=1e-30) * (side - size)).long().tolist()
+    g = g / g.max().clamp(min=1e-30)
+    places = ((g + (1 - g.amax(0)) / 2) * (side - size)).long().tolist()
     for (left, top), image, kind in zip(places, images.cpu(), kinds.tolist(), strict=True):
         colour = torch.tensor(ImageColor.getrgb(f"hsl({47 * kind % 360}, 100%, 45%)")) / 255
         canvas[:, top : top + size, left : left + size] = colour[:, None, None]

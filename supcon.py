@@ -39,7 +39,7 @@ import common
 from common import ColorJitter, GaussianBlur, RandomApply, RandomResizedCrop, fail, grayscale
 
 # What 2 CPU cores learn from the bundled images in some minutes; a flag that is given wins.
-BUNDLED = {"arch": "small", "epochs": 10, "optimizer": "adamw", "warmup_epochs": 1}
+BUNDLED = {"arch": "small", "epochs": 36, "optimizer": "adamw", "warmup_epochs": 1}
 OPERATIONS = ("crop", "color", "gray", "blur")
 LR_256 = {"sgd": 0.125, "adamw": 0.004}  # peak rates at batch 256
 MAY_BE_0 = {"label_noise", "color_strength", "warmup_epochs", "weight_decay", "seed"}

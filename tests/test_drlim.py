@@ -249,11 +249,11 @@ def test_thumbnails_lie_at_their_places_in_the_frame_of_their_kind():
     kinds = torch.tensor([4, 4, 9])
     picture = draw_map(torch.tensor([[0.0, 0], [4, 0], [4, 2]]), images, kinds, 90)
     assert picture.shape == (3, 90, 90)
-    for (top, left), value in zip(((0, 0), (0, 80), (40, 80)), (0.2, 0.4, 0.6), strict=True):
+    for (top, left), value in zip(((20, 0), (20, 80), (60, 80)), (0.2, 0.4, 0.6), strict=True):
         assert (picture[:, top + 2 : top + 8, left + 2 : left + 8] == value).all()
-    frames = picture[:, 0, 5], picture[:, 0, 85], picture[:, 40, 85]
+    frames = picture[:, 20, 5], picture[:, 20, 85], picture[:, 60, 85]
     assert torch.equal(frames[0], frames[1]) and not torch.equal(frames[0], frames[2])
-    assert (picture[:, 60:] == 1).all()
+    assert (picture[:, :20] == 1).all() and (picture[:, 70:] == 1).all()
 
 
 def test_a_run_leaves_its_numbers_and_map_whose_accuracy_follows_from_it(plain, folder):

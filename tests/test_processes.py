@@ -94,19 +94,24 @@ def test_fewer_processes_than_asked_for_is_said(script, folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def methods(folder, tmp_path_factory):
-    """Steps of moco.py and swav.py on one process and on two."""
+    """Steps of the methods on one process and on two."""
     out, saved = tmp_path_factory.mktemp("methods"), {}
     shared = ["--data", folder, *TINY, "--batch-size", "8", "--max-steps", "5", "--optimizer",
               "sgd", "--warmup-epochs", "0", "--lr", "0.1"]
     more = {"moco": ["--bn-splits", "4", "--queue-size", "20", "--key-momentum", "0.5"],
             "swav": ["--prototypes", "4", "--head-layers", "1", "--queue-size", "10",
-                     "--queue-start", "0.2", "--freeze-prototypes", "0.4"]}
+                     "--queue-start", "0.2", "--freeze-prototypes", "0.4"],
+            "supcon": ["--head-layers", "1", "--label-noise", "0.3"]}
+    methods = {method: [*shared, *own] for method, own in more.items()}
+    methods["supcon, ce"] = [*methods["supcon"], "--loss", "ce"]
+    methods["drlim"] = ["--data", folder, "--epochs", "1", "--batch-size", "48", "--ratio", "2",
+                        "--lr", "0.1"]
     os.environ["PYTHONPATH"] = str(ROOT)
     try:
-        for method in more:
+        for method in methods:
             for n in (1, 2):
                 path = out / f"{method}{n}"
-                argv = [method, path, *shared, *more[method], "--out", f"{path}-run"]
+                argv = [method.split(",")[0], path, *methods[method], "--out", f"{path}-run"]
                 code, _, err = finish(command("tests/two_methods.py", *argv, processes=n))
                 assert code == 0, err
                 saved[method, n] = torch.load(path, weights_only=True)
@@ -116,12 +121,13 @@ def methods(folder, tmp_path_factory):
     return saved
 
 
-@pytest.mark.parametrize("method", ["moco", "swav"])
+@pytest.mark.parametrize("method", ["moco", "swav", "supcon", "supcon, ce", "drlim"])
 def test_a_methods_gradients_and_rows_on_two_processes_are_those_on_one(methods, method):
     one, two = methods[method, 1], methods[method, 2]
     assert len(one["gradients"]) == len(two["gradients"]) == 5
     for mine, theirs in zip(two["gradients"], one["gradients"], strict=True):
         assert len(mine) == len(theirs) > 3
+        assert max(v.abs().max() for v in theirs) > 1e-3
         for a, b in zip(mine, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
     assert [row["loss"] for row in two["rows"]] == pytest.approx([
@@ -144,10 +150,12 @@ def test_swavs_codes_on_two_processes_are_those_on_one(methods):
             torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["moco", "swav"])
+@pytest.mark.parametrize("method", ["moco", "swav", "supcon", "drlim"])
 def test_a_method_on_two_processes_leaves_one_run_that_goes_on(method, folder, tmp_path):
-    more = ["--prototypes", "4"] if method == "swav" else ["--symmetric"]
-    argv = ["--data", folder, *TINY, "--batch-size", "8", *more, "--out", tmp_path / "run"]
+    own = {"moco": ["--symmetric"], "swav": ["--prototypes", "4"]}.get(method, [])
+    argv = ["--data", folder, *TINY, "--batch-size", "8", *own, "--out", tmp_path / "run"]
+    if method == "drlim":
+        argv = ["--data", folder, "--batch-size", "8", "--epochs", "9", *argv[-2:]]
     whole = [*argv[:-1], tmp_path / "whole"]
     code, _, err = finish(command(f"{method}.py", *whole, processes=2))
     assert code == 0, err

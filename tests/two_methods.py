@@ -8,7 +8,9 @@ from accelerate.utils import gather
 from torch import nn
 
 import common
+import drlim
 import moco
+import supcon
 import swav
 
 method, out, *argv = sys.argv[1:]
@@ -28,15 +30,20 @@ def noting(module, name, keys):
     setattr(module, name, noted)
 
 
-class SGD(torch.optim.SGD):
-    def step(self, closure=None):
-        gradients.append([p.grad.clone() for p in self.param_groups[0]["params"]
-                          if p.grad is not None])
-        super().step(closure)
+def keeping(optimizer):
+    class Keeping(optimizer):
+        def step(self, closure=None):
+            gradients.append([p.grad.clone() for p in self.param_groups[0]["params"]
+                              if p.grad is not None])
+            super().step(closure)
+
+    return Keeping
 
 
-torch.optim.SGD = SGD
-if method == "moco":
+torch.optim.SGD = torch.optim.Adam = keeping(torch.optim.SGD)  # Adam would magnify rounding
+if method == "drlim":  # its own network has no batch norm
+    drlim.main(argv)
+elif method == "moco":
     noting(moco, "info_nce", ("q", "k"))
     moco.main(argv)
 else:  # an encoder without batch statistics, which each process has of its own on CPUs
@@ -47,8 +54,11 @@ else:  # an encoder without batch statistics, which each process has of its own 
         return net
 
     common.build_encoder = build_encoder
-    noting(swav, "swapped_prediction_loss", ("scores", "codes"))
-    swav.main(argv)
+    if method == "supcon":
+        supcon.main(argv)
+    else:
+        noting(swav, "swapped_prediction_loss", ("scores", "codes"))
+        swav.main(argv)
 
 if int(os.environ.get("RANK", 0)) == 0:
-    torch.save({"steps": steps, "gradients": gradients[: len(steps)]}, out)
+    torch.save({"steps": steps, "gradients": gradients[:5]}, out)
