@@ -11,8 +11,7 @@
     python drlim.py --data FOLDER --arch resnet18 --dim 3
 
 The same command again goes on with an interrupted run. Deviations: dissimilar pairs are drawn among
-the images of a step, so many to each similar one; Adam, margin, ReLU and epochs are our choice (the
-paper names none).
+a step's images, so many to each similar one; optimiser, margin, ReLU and epochs, not published.
 """
 
 import argparse
@@ -73,7 +72,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         p.set_defaults(**BUNDLED)
     args = p.parse_args(argv)
     for k, v in vars(args).items():
-        if isinstance(v, int | float) and not (0 < v <= 1e18 or (v == 0 and k == "seed")):
+        if isinstance(v, int | float) and not (k == "image_size") - (k == "seed") < v <= 1e18:
             fail(f"--{k.replace('_', '-')} {v} is out of range")
     args.shifts = args.shifts or ([-6, -3, 3, 6] if args.graph == "shifts" else [])
     args.out = Path(args.out or f"runs/drlim-{Path(args.data).name}")
@@ -104,12 +103,11 @@ def draw_pairs(edges: Tensor, partners: Tensor, labels: Tensor | None, copies: i
     i, n = (n * copies + torch.stack([first, second], 1)).flatten(), n.flatten()
     if labels is None:
         alike = (partners[n][:, :, None] == n).any(1) | (n[:, None] == n)
-        alike = alike | alike.T
     else:
         alike = labels[n][:, None] == labels[n]
-    unlike = (~alike).triu().nonzero()
-    some = torch.randint(len(unlike) or 1, (round(ratio * B) if len(unlike) else 0,), generator=rng)
-    pairs = torch.cat([torch.arange(2 * B).view(B, 2), unlike[some]])
+    unlike = (~(alike | alike.T)).triu().nonzero()
+    some = torch.randint(len(unlike) or 1, (max(1, round(ratio * B)),), generator=rng)
+    pairs = torch.cat([torch.arange(2 * B).view(B, 2), unlike[some] if len(unlike) else unlike])
     return i, pairs, (torch.arange(len(pairs)) >= B).long()
 
 # --------------------------------------------------------------------------------- model
@@ -180,8 +178,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     data, bank, test = common.load_splits(args.data, args.root, None, device, args.workers)
     bank, test = bank or data, test or data  # of a folder without classes all images
     names, S, k = bank.classes or ["all"], 1 + len(args.shifts), args.neighbours
-    chosen = [names.index(c) if c in names else int(c) if c.isdecimal() else -1
-              for c in args.classes or names]
+    chosen = sorted({names.index(c) if c in names else int(c) if c.isdecimal() else -1
+                     for c in args.classes or names})
     if not {*chosen} <= {*range(len(names))}:
         fail(f"--classes {' '.join(args.classes)}: take of {', '.join(names)}, or their numbers")
     size = args.image_size = args.image_size or min(bank.side, 224 if args.arch != "paper" else 32)
@@ -193,6 +191,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         y = images.labels.clamp(min=0)
         index = torch.isin(y, torch.tensor(chosen)).nonzero()[:, 0]
         index = index[common.some_of_each(y[index], most, common.generator(0))].sort().values
+        if len(index) * S * 12 * size**2 > common.MEMORY_LIMIT:
+            fail(f"{len(index)} images do not fit: take less --classes, --per-class, --image-size")
         x = common.extract_features(nn.Flatten(), images.take(index), size)
         x = x.unflatten(1, (3, size, size))
         if args.arch == "paper":  # grey, in the middle of 32 pixels
@@ -209,15 +209,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if k > most or (args.graph == "labels" and len(chosen) < 2):
         fail(f"--graph {args.graph}, --neighbours {k}: {N} images of {len(chosen)} classes leave "
              f"no pair dissimilar, or only {most} neighbours")
-    partners = nearest(near_by, near_by, k, itself=True).cpu()
-    if copies > 1:  # itself too, for its copies
-        partners = torch.cat([partners, torch.arange(N)[:, None]], 1)
-    E = partners.numel()
-    if B > E or B % processes:
-        fail(f"--batch-size: take 1 to {E} pairs, a multiple of {processes} processes")
+    partners = [nearest(near_by, near_by, k, itself=True).cpu(), torch.arange(N)[:, None]]
+    partners = torch.cat(partners[:copies], 1)  # where there are copies, itself too
+    if not 2 <= B <= (E := partners.numel()) or B % processes:
+        fail(f"--batch-size: take 2 to {E} pairs, a multiple of {processes} processes")
     epoch_steps, steps = E // B, E // B * args.epochs
     settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
-    settings |= {"mixed_precision": accelerator.mixed_precision, "images": data.fingerprint}
+    settings |= {"mixed_precision": accelerator.mixed_precision, "images": bank.fingerprint}
     config = {"settings": settings, "devices": f"{processes} {device}",
               **{p: version(p) for p in ("torch", "torchvision", "accelerate")}}
     try:
@@ -244,27 +242,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     if processes > 1 and device.type == "cuda":  # it has no CPU kernel
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     optimizer = torch.optim.Adam(net.parameters(), args.lr)
+    G = nn.Sequential(*net)  # the same layers, without the autocast that prepare gives to net
     model, optimizer = accelerator.prepare(net, optimizer)
-    done, rows, sums = 0, [], torch.zeros((), device=device)  # of the epoch's losses
+    done, rows, sums = 0, [], torch.zeros(2, device=device)  # the epoch's losses, spreads
     if state:
         net.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         done, rows = state["step"], state["rows"]
         say(f"going on after step {done} of {steps}")
     for number in (signal.SIGTERM, signal.SIGINT):  # epochs are short: an interrupted one is lost
-        signal.signal(number, lambda n, _: os._exit(128 + n))
+        signal.signal(number, lambda n, _: sys.exit(128 + n))
     @torch.no_grad()
     def measured(to_map: nn.Module) -> tuple[dict, Tensor, Tensor]:
-        """Numbers of the map, and the places of the test and the training images."""
         g_test, g = (torch.cat([*map(to_map, v.split(512))]).float() for v in (x_test, x))
+        if not (g_test.isfinite().all() and g.isfinite().all()):
+            fail("the map is not finite: take a lower --lr, another --out")
         axes = torch.linalg.svdvals(g_test - g_test.mean(0))
         row = {"flatness": (axes[-1] / axes[0].clamp(min=1e-30)).item()}
         if len(chosen) > 1:  # percent whose class most of the 5 nearest training images have
             votes = y[nearest(g_test, g, min(5, len(g)))].mode(1).values
             row["5-NN"] = 100 * (votes == y_test).float().mean().item()
         return row | ({"rank": copies_rank(g_test, S)} if S > 1 else {}), g_test, g
-    rank, chance = accelerator.process_index, args.ratio / (1 + args.ratio) * args.margin**2 / 2
-    began = time.monotonic()
+    rank, began, unlike = accelerator.process_index, time.monotonic(), max(1, round(args.ratio * B))
+    chance = unlike / (B + unlike) * args.margin**2 / 2
     bar = tqdm(range(done, steps), total=steps, initial=done, disable=not sys.stderr.isatty())
     for step in bar:
         epoch, i = divmod(step, epoch_steps)
@@ -278,23 +278,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         optimizer.zero_grad()
         accelerator.backward(loss)
         optimizer.step()
-        sums += loss.detach()
+        sums += torch.stack([loss.detach(), g1.detach().std(0).norm() / args.margin])
         done = step + 1
         if done % epoch_steps:
             continue
-        seconds, mean = time.monotonic() - began, sums.item() / epoch_steps
+        seconds, (mean, spread) = time.monotonic() - began, (sums / epoch_steps).tolist()
         if not math.isfinite(mean):
             fail(f"the loss of epoch {epoch + 1} is not finite: take a lower --lr, another --out")
-        row = {"epoch": epoch + 1, "step": done, "loss": mean, "chance": chance, "lr": lr,
-               "images_per_s": 2 * B * epoch_steps / seconds,
+        row = {"epoch": epoch + 1, "step": done, "loss": mean, "chance": chance,
+               "spread": spread, "lr": lr, "images_per_s": 2 * B * epoch_steps / seconds,
                "minutes_left": (steps - done) / epoch_steps * seconds / 60}
         if row["epoch"] % args.eval_every == 0 or done == steps:
-            row |= measured(net.eval())[0]
-            net.train()
+            row |= measured(G.eval())[0]
+            G.train()
         bar.clear()
         say(" · ".join(f"{k} {v:.4g}" for k, v in row.items()))
-        if chance - mean < 0.02 * chance:
-            say("warning: the map collapses to a point: take a lower --lr, another --margin")
+        if spread < 0.02:
+            say("warning: the map collapses to a point: take a lower --lr, more --ratio")
         rows.append(row)
         sums, began = sums.zero_(), time.monotonic()
         if accelerator.is_main_process:
@@ -304,8 +304,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict(),
                             "step": done, "rows": rows}, aside)
     torch.manual_seed(args.seed)  # pca_lowrank draws
-    axes = torch.pca_lowrank(x.flatten(1), max(6, args.dim), niter=9)[2][:, : args.dim]
-    ways = {"DrLIM": net.eval(), "PCA": lambda v: v.flatten(1) @ axes, "pixels": nn.Flatten()}
+    axes = torch.pca_lowrank(x.flatten(1), min(max(6, args.dim), len(x)), niter=9)[2][:, : args.dim]
+    ways = {"DrLIM": G.eval(), "PCA": lambda v: v.flatten(1) @ axes, "pixels": nn.Flatten()}
     numbers, places, bank_places = zip(*map(measured, ways.values()), strict=True)
     rows = [{"features": f"{name}, {g.shape[1]}-D", **row}
             for name, g, row in zip(ways, places, numbers, strict=True)]

@@ -93,6 +93,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         if isinstance(v, int | float) and not (low < v <= top or (v == 0 and k in MAY_BE_0)):
             fail(f"--{k.replace('_', '-')} {v} is out of range")
     args.lr = args.lr or LR_256[args.optimizer] * args.batch_size / 256
+    if args.loss == "ce" and args.max_positives:
+        fail("--max-positives is for --loss out and in")
     args.out = Path(args.out or f"runs/supcon-{Path(args.data).name}")
     return args
 
@@ -109,9 +111,9 @@ def augmentation(names: Sequence[str], size: int, crop_scale: float, s: float) -
     return [operation for name, operation in recipe.items() if name in ("crop", *names)]
 
 # --------------------------------------------------------------------------------- model
-def mislabelled(labels: Tensor, share: float, seed: int) -> Tensor:
+def mislabelled(labels: Tensor, C: int, share: float, seed: int) -> Tensor:
     """labels [N] of C classes, of which a share, drawn by the seed, became any of the others."""
-    C, rng = int(labels.max()) + 1, common.generator(seed)
+    rng = common.generator(seed)
     i = torch.randperm(len(labels), generator=rng)[: round(share * len(labels))]
     wrong = labels[i] + torch.randint(1, C, (len(i),), generator=rng)
     return labels.index_copy(0, i, wrong % C)
@@ -185,8 +187,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.data, args.root, args.limit, device, args.workers, args.stream)
     if not data or data.labels.unique().numel() < 2:
         fail(f"--data {args.data} has no labels, or a single class: take class folders, or a set")
-    bank, labels, C = data, data.labels, int(data.labels.max()) + 1
-    labels = mislabelled(labels, args.label_noise, args.seed).to(device)
+    bank, labels, C = data, data.labels, len(data.classes)
+    labels = mislabelled(labels, C, args.label_noise, args.seed).to(device)
     size = args.image_size = args.image_size or data.side
     stem = args.stem = args.stem or ("3x3" if size <= 64 else "7x7")
     names = args.augment or OPERATIONS[: 4 if size > 64 else 3]
@@ -203,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
     warmup = min(round(args.warmup_epochs * epoch_steps), steps - 1)
     settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
-    settings["mixed_precision"] = accelerator.mixed_precision
+    settings |= {"mixed_precision": accelerator.mixed_precision, "classes": C}
     config = {"settings": settings, "images": data.fingerprint, "devices": f"{processes} {device}",
               **{p: version(p) for p in ("torch", "torchvision", "accelerate")}}
     try:
@@ -286,14 +288,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             if row["epoch"] % args.eval_every == 0 or done == steps:
                 row["knn"] = common.knn_accuracy(encoder, bank, test, size)
                 if args.loss == "ce":
-                    scores = common.extract_features(net, test, size)
+                    scores = common.extract_features(nn.Sequential(*net), test, size)
                     row["classifier"] = common.accuracy(scores, test.labels)
             bar.clear()
             say(" · ".join(f"{k} {v:.4g}" for k, v in row.items()))
             if spread < 0.1:
                 say("warning: the embedding collapses: its spread, 1 on the sphere, nears 0")
-            if done > max(warmup, epoch_steps) and chance - mean < 0.01 * chance:
-                say("warning: the loss stays at chance: take another --lr or --temperature")
+            if done > max(warmup, epoch_steps) and chance - mean < 0.003 * chance:
+                say("warning: the loss stays at chance: take another --lr or --temperature, unless "
+                    "few classes or much noise leave no more to gain")
             rows.append(row)
             accelerator.log(row, step=done)
             sums.zero_()
@@ -312,7 +315,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         say(f"stopped after step {done} of {steps}; the same command goes on from there")
         raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
     signals += [0, 0]  # from here on the first one ends the run
-    about |= {"method": "supcon", "image_size": size, "data": args.data}
+    if args.loss == "ce":
+        say(f"test accuracy of its own classifier: {rows[-1]['classifier']:.1f}")
+    about |= {"method": f"supcon-{args.loss}", "image_size": size, "data": args.data}
     common.finish(out, encoder, about, bank, test, args.seed, rows[-1])
     accelerator.end_training()
 

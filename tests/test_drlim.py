@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import subprocess
 import time
 
 import numpy as np
@@ -235,7 +236,6 @@ def test_the_network_sees_grey_images_in_the_middle_of_32_pixels_and_their_copie
 def test_rank_of_copies_counts_ties_against_us():
     g = torch.tensor([[0.0, 0], [0, 1], [0, 5], [3, 0], [3, 1], [9, 9]]).double()
     # image 0: copies at 1, 5; others from it at 3, 3.2, 12.7. Image 1: at 1, 10.8; 3, 3.2, 5.8
-    assert copies_rank(g, 3) == pytest.approx((1 + 4 + 1 + 5) / 4, abs=1.5)
     ranks = []
     for n in (0, 3):
         distance = (g - g[n]).norm(dim=1)
@@ -291,9 +291,15 @@ def test_chance_is_the_loss_of_a_map_that_is_one_point_and_is_warned_of(folder, 
                                                                        monkeypatch, capsys):
     real = drlim.gather
     monkeypatch.setattr(drlim, "gather", lambda z, a: 0 * real(z, a))
-    rows = metrics(run(folder, tmp_path / "run", "--ratio", 2, "--margin", 1.5))
-    assert all(row["loss"] == pytest.approx(row["chance"], rel=1e-6) for row in rows)
-    assert "collapses to a point" in capsys.readouterr().out
+    for ratio in (0.01, 0.3, 2):  # of 9 pairs: 1 (at least), 3, 18 dissimilar
+        rows = metrics(run(folder, tmp_path / str(ratio), "--ratio", ratio, "--margin", 1.5))
+        assert all(row["loss"] == pytest.approx(row["chance"], rel=1e-6) for row in rows)
+        assert "collapses to a point" in capsys.readouterr().out
+
+
+def test_a_small_margin_is_no_collapse(folder, tmp_path, capsys):
+    rows = metrics(run(folder, tmp_path / "run", "--margin", 0.001, "--epochs", 1))
+    assert rows[0]["spread"] > 1 and "warning" not in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------- runs
@@ -360,7 +366,7 @@ def test_classes_by_name_or_number_and_images_per_class_are_the_same_each_time(f
         assert np.array_equal(file["train_indices"], numbers)
 
 
-@pytest.mark.parametrize("dim", [1, 3])
+@pytest.mark.parametrize("dim", [1, 3, 40])
 def test_a_resnet_and_other_dimensions(folder, tmp_path, dim):
     out = run(folder, tmp_path / "run", "--arch", "small", "--dim", dim, "--epochs", 1)
     with np.load(out / "map.npz") as file:
@@ -390,7 +396,8 @@ def test_ranks_are_shown_where_there_are_copies(folder, tmp_path):
 @pytest.mark.parametrize("more", [
     ["--margin", "0"], ["--margin", "nan"], ["--ratio", "0"], ["--epochs", "0"], ["--dim", "0"],
     ["--classes", "7"], ["--classes", "nowhere"], ["--neighbours", "26"], ["--batch-size", "55"],
-    ["--graph", "labels", "--classes", "0"], ["--graph", "labels", "--neighbours", "9"],
+    ["--graph", "labels", "--classes", "0"], ["--graph", "labels", "--classes", "0", "across"],
+    ["--batch-size", "1"], ["--image-size", "1"], ["--graph", "labels", "--neighbours", "9"],
     ["--image-size", "33"], ["--shifts", "12"], ["--lr", "-1"], ["--seed", "-1"],
     ["--data", "cifar11"], ["--arch", "vgg"], ["--epoch", "3"],
 ], ids="".join)
@@ -431,6 +438,16 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(folder, tmp_pa
     assert state["step"] == 12 and all(v.isfinite().all() for v in state["model"].values())
 
 
+def test_a_set_that_does_not_fit_and_a_map_that_is_not_finite_are_one_line(folder, tmp_path, capsys,
+                                                                           monkeypatch):
+    with pytest.raises(SystemExit) as exit_:
+        run(folder, tmp_path / "run", "--lr", 1e18, "--batch-size", 54, "--eval-every", 1)
+    assert exit_.value.code == 2 and "not finite" in capsys.readouterr().err
+    monkeypatch.setattr(common, "MEMORY_LIMIT", 27 * 12 * 12 * 3 * 4 - 1)
+    error = refused(capsys, drlim.main, arguments(folder, tmp_path / "large"))
+    assert "27 images do not fit" in error
+
+
 def test_bfloat16_trains_float32_weights(plain, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch` does
     code, _, err = finish(command("drlim.py", *arguments(folder, tmp_path / "run")))
@@ -438,15 +455,16 @@ def test_bfloat16_trains_float32_weights(plain, folder, tmp_path, monkeypatch):
     assert all(v.dtype == torch.float32 for v in checkpoint(tmp_path / "run")["model"].values())
     exact, rounded = (metrics(out)[0]["loss"] for out in (plain, tmp_path / "run"))
     assert 0 < abs(exact - rounded) < 0.05
+    with np.load(tmp_path / "run" / "map.npz") as file:  # the map is not rounded
+        g = torch.from_numpy(file["coordinates"])
+    assert not torch.equal(g, g.bfloat16().float())
 
 
 def test_fours_and_nines_lie_apart_without_a_label(shared, tmp_path):
-    import subprocess
-
     subprocess.run(["bash", shared / "unpack.sh", tmp_path / "data"], check=True,
                    capture_output=True)
     out = tmp_path / "run"
     drlim.main(["--data", "mnist", "--root", str(tmp_path / "data"), "--classes", "4", "9",
-                "--per-class", "1000", "--epochs", "6", "--out", str(out)])
+                "--per-class", "2000", "--epochs", "6", "--out", str(out)])
     drl, pca, pixels = json.loads((out / "results.json").read_text())
     assert drl["5-NN"] > 85 > pca["5-NN"] and drl["flatness"] > 0.2 and pixels["5-NN"] > 95

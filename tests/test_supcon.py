@@ -2,11 +2,14 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, metrics, refused, write_folder
+from conftest import ROOT, TINY, metrics, refused, write_folder
 
 import common
 import simclr
@@ -175,12 +178,12 @@ def test_l_in_is_never_above_l_out():  # the paper's §3.2.2, by Jensen
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_noise_makes_just_that_share_wrong_evenly(share):
     labels = torch.arange(5).repeat(2000)
-    noisy = mislabelled(labels, share, 3)
+    noisy = mislabelled(labels, 5, share, 3)
     assert (noisy != labels).sum().item() == round(share * 10000)
     wrong = ((noisy - labels) % 5)[noisy != labels].bincount(minlength=5)[1:]
     assert (wrong - wrong.double().mean()).abs().max() < 5 * 50
-    assert noisy.unique().numel() == 5 and torch.equal(noisy, mislabelled(labels, share, 3))
-    assert share != 0.4 or not torch.equal(noisy, mislabelled(labels, share, 4))
+    assert noisy.unique().numel() == 5 and torch.equal(noisy, mislabelled(labels, 5, share, 3))
+    assert share != 0.4 or not torch.equal(noisy, mislabelled(labels, 5, share, 4))
 
 
 def test_training_sees_the_noise_and_the_evaluation_does_not(folder, tmp_path, monkeypatch):
@@ -194,7 +197,7 @@ def test_training_sees_the_noise_and_the_evaluation_does_not(folder, tmp_path, m
     assert all(torch.equal(labels, true) for labels in banks) and banks
     data = common.load_splits(str(folder), "", None, torch.device("cpu"), 1)[1]
     index = common.draw(27, [], 27, 0, torch.arange(27), 0)[0]
-    assert torch.equal(seen[0], mislabelled(data.labels, 0.5, 0)[index])
+    assert torch.equal(seen[0], mislabelled(data.labels, 3, 0.5, 0)[index])
 
 
 def test_images_without_classes_or_of_one_class_are_refused(folder, tmp_path, capsys):
@@ -209,10 +212,42 @@ def test_images_without_classes_or_of_one_class_are_refused(folder, tmp_path, ca
 
 
 @pytest.mark.parametrize("more", [["--label-noise", "1.1"], ["--label-noise", "-0.1"],
-                                  ["--max-positives", "0"], ["--loss", "both"]])
+                                  ["--max-positives", "0"], ["--loss", "both"],
+                                  ["--max-positives", "1", "--loss", "ce"]])
 def test_bad_flags_of_its_own_are_refused(folder, tmp_path, capsys, more):
     error = refused(capsys, supcon.main, ["--data", folder, "--out", tmp_path / "run", *more])
     assert more[0] in error
+
+
+def test_a_folder_that_gained_a_class_is_refused(tmp_path, capsys):
+    folder = write_folder(tmp_path / "data", 4)
+    out = run(folder, tmp_path / "run", "--max-steps", 1, "--loss", "ce")
+    (out / "results.json").unlink()
+    for part in ("train", "test"):
+        (folder / part / "more").symlink_to(folder / part / "along")
+    argv = ["--data", folder, "--out", out, *TINY, "--max-steps", 1, "--loss", "ce"]
+    assert "classes (3)" in refused(capsys, supcon.main, argv)
+
+
+def test_the_classifier_has_an_output_for_classes_that_limit_left_out(folder, tmp_path):
+    out = run(folder, tmp_path / "run", "--limit", 6, "--loss", "ce", "--max-steps", 1)
+    state = torch.load(out / "checkpoint.pt", weights_only=True)["model"]
+    assert state["1.weight"].shape[0] == 3 and metrics(out)[0]["chance"] == math.log(3)
+
+
+def test_bfloat16_leaves_the_evaluation_of_the_classifier_in_float32(folder, tmp_path):
+    code = """if True:
+        import sys, torch, common, supcon
+        seen, real = [], common.extract_features
+        common.extract_features = lambda *a: seen.append(real(*a)) or seen[-1]
+        supcon.main(sys.argv[1:])
+        torch.save([v for v in seen if v.shape[1] == 3], "scores")"""
+    argv = ["--data", folder, "--out", "run", *TINY, "--loss", "ce", "--max-steps", "1"]
+    environment = os.environ | {"ACCELERATE_MIXED_PRECISION": "bf16", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code, *argv], cwd=tmp_path, env=environment, check=True,
+                   capture_output=True)
+    scores = torch.load(tmp_path / "scores", weights_only=True)[0]
+    assert not torch.equal(scores, scores.bfloat16().float())
 
 
 # ---------------------------------------------------------------------------------------- the run
@@ -241,7 +276,7 @@ def test_a_loss_at_chance_is_warned_of_and_one_that_falls_is_not(loss, folder, t
     assert "warning" not in last
 
 
-def test_the_baseline_reports_its_own_classifier(folder, tmp_path):
+def test_the_baseline_reports_its_own_classifier(folder, tmp_path, capsys):
     out = run(folder, tmp_path / "run", "--loss", "ce", "--batch-size", 9, "--epochs", 20,
               "--optimizer", "adamw", "--lr", 0.01, "--crop-scale", 0.9, "--color-strength", 0.1)
     rows = metrics(out)
@@ -252,5 +287,6 @@ def test_the_baseline_reports_its_own_classifier(folder, tmp_path):
     h = common.extract_features(encoder, test, 12)
     scores = h @ state["1.weight"].T + state["1.bias"]
     assert common.accuracy(scores, test.labels) == pytest.approx(rows[-1]["classifier"])
-    assert json.loads((out / "results.json").read_text())[0]["features"] == "supcon"
+    assert json.loads((out / "results.json").read_text())[0]["features"] == "supcon-ce"
+    assert f"of its own classifier: {rows[-1]['classifier']:.1f}" in capsys.readouterr().out
     assert "classifier" not in metrics(run(folder, tmp_path / "out", "--max-steps", 1))[0]
