@@ -61,8 +61,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--shifts", type=int, nargs="+", help="pixels to the right of copies (shifts: -6 -3 3 6)")
     flag("--ratio", type=float, default=0.1, help="dissimilar pairs to each similar one")
     flag("--margin", type=float, default=1.25, help="margin m of the loss")
-    flag("--epochs", type=int, default=20, help="passes over the similar pairs")
-    flag("--batch-size", type=int, default=256, help="similar pairs a step, over all processes")
+    flag("--epochs", type=int, default=15, help="passes over the similar pairs")
+    flag("--batch-size", type=int, default=128, help="similar pairs a step, over all processes")
     flag("--lr", type=float, default=0.005, help="first learning rate of Adam")
     flag("--seed", type=int, default=0, help="seed of the weights and pairs")
     flag("--eval-every", type=int, default=5, help="epochs between two looks at the map")
@@ -237,8 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     about = {"architecture": args.arch, "stem": "3x3" if size <= 64 else "7x7"}
     encoder = common.build_encoder(**about) if args.arch != "paper" else paper_network()
-    net = nn.Sequential(encoder, nn.Linear(encoder.width, args.dim))
-    net = net.to(device, memory_format=torch.channels_last)
+    net = nn.Sequential(encoder, nn.Linear(encoder.width, args.dim)).to(device)
     if processes > 1 and device.type == "cuda":  # it has no CPU kernel
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     optimizer = torch.optim.Adam(net.parameters(), args.lr)
@@ -254,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         signal.signal(number, lambda n, _: sys.exit(128 + n))
     @torch.no_grad()
     def measured(to_map: nn.Module) -> tuple[dict, Tensor, Tensor]:
-        g_test, g = (torch.cat([*map(to_map, v.split(512))]).float() for v in (x_test, x))
+        g_test, g = (torch.cat([*map(to_map, v.split(256))]).float() for v in (x_test, x))
         if not (g_test.isfinite().all() and g.isfinite().all()):
             fail("the map is not finite: take a lower --lr, another --out")
         axes = torch.linalg.svdvals(g_test - g_test.mean(0))
@@ -272,8 +271,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         i, pairs, Y = (common.beside(x, v) for v in draw_pairs(
             edges, partners, labels, copies, args.ratio, common.generator(args.seed, epoch, i)))
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, args.lr)
-        own = x[i.chunk(processes)[rank]].contiguous(memory_format=torch.channels_last)
-        g1, g2 = gather(model(own).float(), accelerator)[pairs].unbind(1)
+        g = model(x[i.chunk(processes)[rank]]).float()
+        g1, g2 = gather(g, accelerator)[pairs].unbind(1)
         loss = contrastive_loss(g1, g2, Y, args.margin)
         optimizer.zero_grad()
         accelerator.backward(loss)

@@ -467,4 +467,4 @@ def test_fours_and_nines_lie_apart_without_a_label(shared, tmp_path):
     drlim.main(["--data", "mnist", "--root", str(tmp_path / "data"), "--classes", "4", "9",
                 "--per-class", "2000", "--epochs", "6", "--out", str(out)])
     drl, pca, pixels = json.loads((out / "results.json").read_text())
-    assert drl["5-NN"] > 85 > pca["5-NN"] and drl["flatness"] > 0.2 and pixels["5-NN"] > 95
+    assert drl["5-NN"] > 75 > 70 > pca["5-NN"] and drl["flatness"] > 0.2 and pixels["5-NN"] > 95
