@@ -62,7 +62,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--arch", choices=common.ARCHITECTURES, default="resnet18", help="encoder f")
     flag("--stem", choices=("3x3", "7x7"), help="first layer (default: 3x3 up to 64 pixels)")
     flag("--init", help="an encoder.safetensors to start from")
-    flag("--loss", choices=("out", "in", "ce"), default="out", help="Eq. 2, 3, or cross-entropy")
+    flag("--loss", choices=("out", "in", "ce"), default="out", help="L_out, L_in, or cross-entropy")
     flag("--max-positives", type=int, help="positives of an anchor, its own views first (all)")
     flag("--label-noise", type=float, default=0, help="share of training labels made wrong")
     flag("--head-layers", type=int, choices=(1, 2, 3), default=2, help="layers of the projection")

@@ -42,10 +42,10 @@ import swav
 
 SGD = torch.optim.SGD
 # Of a script: its views of an image (number, side), whether keys pass forward, its optimiser
-WORK = {simclr: ([(2, 32)], False, simclr.LARS),
-        supcon: ([(2, 32)], False, partial(SGD, momentum=0.9)),
-        moco: ([(1, 32)], True, partial(SGD, momentum=0.9)),
-        swav: ([(2, 32), (6, 18)], False, partial(swav.LARC, momentum=0.9))}
+WORK = {simclr: ([(2, 32)], False, partial(simclr.LARS, weight_decay=1e-6)),
+        supcon: ([(2, 32)], False, partial(SGD, momentum=0.9, weight_decay=1e-4)),
+        moco: ([(1, 32)], True, partial(SGD, momentum=0.9, weight_decay=1e-4)),
+        swav: ([(2, 32), (6, 18)], False, partial(swav.LARC, momentum=0.9, weight_decay=1e-6))}
 BLOCK, WARM_UP = 4, 4  # steps of a turn; turns, after which SwAV's queue of 3,840 is full
 
 
