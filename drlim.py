@@ -211,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
              f"no pair dissimilar, or only {most} neighbours")
     partners = [nearest(near_by, near_by, k, itself=True).cpu(), torch.arange(N)[:, None]]
     partners = torch.cat(partners[:copies], 1)  # where there are copies, itself too
-    if not 2 <= B <= (E := partners.numel()) or B % processes:
+    if not (E := partners.numel()) >= B >= 2 or B % processes:
         fail(f"--batch-size: take 2 to {E} pairs, a multiple of {processes} processes")
     epoch_steps, steps = E // B, E // B * args.epochs
     settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
