@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 os.environ["ACCELERATE_USE_CPU"] = "true"  # also where there is a GPU: the tests are exact
+torch.set_num_threads(1)  # before the first fixture of a module: other numbers round otherwise
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
