@@ -12,7 +12,7 @@ Liu and Krishnan, NeurIPS 2020, https://arxiv.org/abs/2004.11362), and its cross
 
 The same command again goes on with an interrupted run. Deviations: the mean of Eq. 2 or 3 over the
 anchors that have a positive, unscaled (the authors' codes: times temperature / 0.07, or times the
-temperature); defaults for small images; on CPUs each process has its own BN.
+temperature); SGD in place of LARS; defaults for small images; on CPUs each process has its own BN.
 """
 
 import argparse
