@@ -1,6 +1,7 @@
 """Data and evaluation for the scripts beside it; all else stands in each script."""
 
 import atexit
+import ctypes
 import hashlib
 import json
 import math
@@ -10,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -57,7 +58,7 @@ def generator(*key: int) -> torch.Generator:
 # ------------------------------------------------------------------------------- image operations
 # On x [B, C, H, W], float32 in 0..1, C 1 or 3. draw(n, rng) gives the parameters of n images, CPU
 # tensors of n rows, distributed as in torchvision's transform of the same name; with rows of them
-# an operation gives what torchvision.transforms.v2.functional gives.
+# an operation gives what torchvision.transforms.v2.functional gives. All but crops may overwrite x.
 def beside(x: Tensor, v: Tensor) -> Tensor:
     """v on the device of x; a CUDA device is not waited for."""
     return v.to(x.device, non_blocking=x.is_cuda)
@@ -102,13 +103,14 @@ class RandomResizedCrop(NamedTuple):
             out = torch.arange(self.size, device=x.device)[:, None] + 0.5
             distance = (pixel + 0.5 - start[..., None] - scale * out).div_(scale.clamp(min=1))
             inside = (pixel >= start) & (pixel < start + length)
-            w = distance.abs_().neg_().add_(1).clamp_(min=0).mul_(inside[:, None])
+            w = distance.abs_().sub_(1).clamp_(max=0).mul_(inside[:, None])  # below 0, as the sum
             return w.div_(w.sum(2, keepdim=True))
         top, left, height, width = beside(x, self.boxes(u, *x.shape[2:]).float()).split(1, dim=1)
         rows, columns = filters(top, height, x.shape[2]), filters(left, width, x.shape[3])
         columns = torch.where(beside(x, flip)[:, None, None], columns.flip(1), columns)
         x = x.float().div_(255) if x.dtype == torch.uint8 else x
-        return rows[:, None] @ (x.flatten(1, 2) @ columns.mT).unflatten(1, x.shape[1:3])
+        x = (x.transpose(1, 2).flatten(1, 2) @ columns.mT).view(len(x), x.shape[2], -1)
+        return (rows @ x).unflatten(2, (-1, self.size)).transpose(1, 2)  # from [B, size, C·size]
 
     def cut(self, image: Tensor, u: Tensor, flip: Tensor) -> Tensor:
         """The same by torchvision: image [3, H, W], V rows → [V, 3, size, size], all uint8."""
@@ -141,29 +143,29 @@ class ColorJitter(NamedTuple):
 
     def __call__(self, x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
         """factors [B, 4]: three around 1 and the hue's shift; order [B, 4]: their permutation."""
-        x, factors = x.clone(), beside(x, factors)  # from here in place: allocations cost most
+        factors = beside(x, factors)
         for turn in order.unbind(1):
             i = beside(x, (turn == 3).nonzero()[:, 0])
             hue = self.shift_hue(x[i], factors[i, 3, None, None]) if x.shape[1] == 3 else x[i]
             # The others mix the image with something grey: black, its mean, its luma.
             kind, grey = beside(x, turn)[:, None, None, None], TF.rgb_to_grayscale(x, 1)
-            mean = grey.mean((2, 3), keepdim=True) * (kind == 1)
-            grey = grey.mul_(kind == 2).add_(mean)
+            grey = grey * (kind == 2) + grey.mean((2, 3), keepdim=True) * (kind == 1)
             factor = factors.gather(1, kind[:, 0, 0])[..., None, None]
-            x.sub_(grey).mul_(factor).add_(grey).clamp_(0, 1)[i] = hue
+            torch.lerp(grey, x, factor, out=x).clamp_(0, 1)[i] = hue
         return x
 
     @staticmethod
     def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
         """Turn the hue of x [B, 3, H, W] by shift [B, 1, 1], in -.5..0.5 of the circle."""
-        r, g, b = x.unbind(1)
-        value = x.amax(1)
-        chroma = value - x.amin(1)
-        safe = torch.where(chroma == 0, 1, chroma)
-        sixth = torch.where(value == g, (b - r).div_(safe).add_(2), (r - g).div_(safe).add_(4))
-        sixth = torch.where(value == r, (g - b).div_(safe), sixth).add_(6 * shift)
-        k = torch.stack([sixth + n for n in (5, 3, 1)], 1).remainder_(6)
-        return value[:, None] - torch.minimum(k, 4 - k).clamp_(0, 1).mul_(chroma[:, None])
+        # Red's distance from the largest channel and g - b, as shares of the chroma, tell the hue
+        # in sixths of the circle without a choice by the largest: red 0, green 2, blue 4.
+        (r, g, b), least, value = x.unbind(1), x.amin(1), x.amax(1)
+        chroma = value - least
+        away, side = torch.stack([value - r, g - b]) / chroma.clamp(min=1e-12)
+        hue = torch.addcmul(side.abs(), away, 3 - 2 * side.abs()).copysign_(side).add_(6 * shift)
+        hue.sub_((hue / 6).floor_(), alpha=6)
+        x = torch.stack([(hue - 3).abs_().sub_(1), 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()], 1)
+        return x.clamp_(0, 1).mul_(chroma[:, None]).add_(least[:, None])
 
 
 class GaussianBlur(NamedTuple):
@@ -176,11 +178,10 @@ class GaussianBlur(NamedTuple):
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """x [B, C, S, S], sigma [B]: two products with banded matrices [S, S]."""
         n, tap = x.shape[3], torch.arange(self.kernel_size, device=x.device) - self.kernel_size // 2
-        weights = torch.exp(-0.5 * (tap / beside(x, sigma)[:, None]) ** 2)
-        weights = (weights / weights.sum(1, keepdim=True))[:, None].expand(-1, n, -1)
+        weights = (-0.5 * (tap / beside(x, sigma)[:, None]) ** 2).softmax(1)[:, None]
         source = (torch.arange(n, device=x.device)[:, None] + tap).abs()
-        source = source.minimum(2 * (n - 1) - source).expand_as(weights)
-        band = x.new_zeros(len(x), n, n).scatter_add_(2, source, weights)
+        source = source.minimum(2 * (n - 1) - source).expand(len(x), -1, -1)
+        band = x.new_zeros(len(x), n, n).scatter_add_(2, source, weights.expand_as(source))
         return band[:, None] @ (x.flatten(1, 2) @ band.mT).view_as(x)
 
 
@@ -195,7 +196,7 @@ class RandomApply(NamedTuple):
     def __call__(self, x: Tensor, chosen: Tensor, *drawn: Tensor) -> Tensor:
         i = chosen.nonzero()[:, 0]  # on the CPU: its size is known without a wait
         there = beside(x, i)
-        return x.index_copy(0, there, self.operation(x[there], *(v[i] for v in drawn)))
+        return x.index_copy_(0, there, self.operation(x[there], *(v[i] for v in drawn)))
 
 # ------------------------------------------------------------------------------------------- data
 @dataclass
@@ -300,6 +301,9 @@ def load_splits(data: str, root: str, limit: int | None, device: torch.device,
     or (the last two None) with images anywhere. limit: the first so many of a fixed shuffle, of
     training images. Files of one size that fit into memory are read at once, unless `stream`.
     fail() also where Accelerate runs one process of the several that were asked for."""
+    with suppress(OSError, AttributeError):  # a tenth of a step: glibc returns memory, asks anew
+        for option in ((-1, -1), (-4, 0)) if device.type == "cpu" else ():  # M_TRIM_..., M_MMAP_MAX
+            ctypes.CDLL("libc.so.6").mallopt(*option)
     one_of_many = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ
     if int(os.environ.get("WORLD_SIZE", 1 + one_of_many)) > PartialState().num_processes:
         fail("Accelerate runs one process, not several; CPU: ACCELERATE_USE_CPU=true torchrun ...")
@@ -333,9 +337,8 @@ def _named(name: str, split: str, root: str) -> tuple[np.ndarray, Sequence[int],
                 return file[f"{split}_images"][:, None], file[f"{split}_labels"], kind.classes
         images = kind(root, split if name == "stl10" else split == "train", download=True)
     except Exception as error:  # of the network, or of damaged files
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        fail(f"{name} is neither here nor to be downloaded ({reason}): copy its files, or take "
-             f"another --data: {', '.join(SETS)} or a folder")
+        fail(f"{name} is neither here nor to be downloaded ({str(error) or repr(error):.300}): "
+             f"copy its files, or take another --data: {', '.join(SETS)} or a folder")
     pixels, labels = np.asarray(images.data), images.labels if name == "stl10" else images.targets
     if name != "stl10":
         pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
@@ -389,10 +392,9 @@ def draw(images: int, recipes: Recipes, B: int, seed: int, rows: Tensor,
          step: int) -> tuple[Tensor, list[list[list[Tensor]]]]:
     """A step's index [B] and, by recipe and operation, parameters: rows [B] of the whole batch."""
     epoch, i = divmod(step, images // B)
-    rng, drawn = generator(seed, epoch, i), []
-    for count, operations in recipes:
-        drawn.append([[v.unflatten(0, (count, B))[:, rows].flatten(0, 1)
-                       for v in operation.draw(count * B, rng)] for operation in operations])
+    rng = generator(seed, epoch, i)
+    drawn = [[[v.unflatten(0, (V, B))[:, rows].flatten(0, 1) for v in operation.draw(V * B, rng)]
+              for operation in operations] for V, operations in recipes]
     return torch.randperm(images, generator=generator(seed, epoch))[i * B + rows], drawn
 
 
@@ -489,9 +491,8 @@ def knn_predict(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int, temp
 def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, classes: int, seed: int = 0,
                  epochs: int = 20) -> tuple[Tensor, dict[str, float]]:
     """Logistic regression on fixed features: x [N, D], y [N], x_test [M, D] → logits [M, classes]
-    and the chosen rate and decay. A grid is trained side by side on nine tenths of x, what is best
-    on the held-out tenth (of each class) on all of x. Features are standardised and divided by
-    sqrt(D), so that one grid suits every method."""
+    and the chosen rate and decay: of a grid trained side by side, the best on a held-out tenth of
+    each class. Features are standardised and divided by sqrt(D), so that one grid suits all."""
     rng, y = generator(seed), y.to(x.device)
     mean, scale = x.mean(0), (x.std(0) + 1e-6) * x.shape[1] ** 0.5
     x, x_test = (F.pad((v - mean) / scale, (0, 1), value=1) for v in (x, x_test))  # 1: the bias
@@ -575,9 +576,8 @@ def finish(out: Path, encoder: nn.Module, about: dict, bank: ImageSet | None,
     rows = [{"features": about["method"], "loss": last["loss"], "kNN": last.get("knn", "-")}]
     if bank and about["image_size"] <= 64:
         rows = compare(encoder, about, bank, test, seed)
-    PartialState().print(
-        f"test accuracy in percent:\n{table(rows)}\n"
-        f"more: python linear_eval.py {out}/encoder.safetensors")
+    PartialState().print(f"test accuracy in percent:\n{table(rows)}\n"
+                         f"more: python linear_eval.py {out}/encoder.safetensors")
     if PartialState().is_main_process:
         save_encoder(out / "encoder.safetensors", encoder, **about)
         with written_aside(out / "results.json") as aside:

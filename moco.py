@@ -144,7 +144,8 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
     """
     if q.shape != k.shape or q.ndim != 2 or queue.shape[1:] != q.shape[1:]:
         raise ValueError(f"q, k [N, D] and queue [K, D], not {q.shape}, {k.shape}, {queue.shape}")
-    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], dim=1) / temperature
+    q = q / temperature  # rather than the logits: they are K / D times as many
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], dim=1)
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
 
 # ---------------------------------------------------------------- optimiser and schedule

@@ -1,7 +1,12 @@
 """Sets, folders and batches."""
 
 import gzip
+import os
 import pickle
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,6 +50,24 @@ def test_bundled_images_are_the_first_thousand_of_each_class(shared, tmp_path):
 def test_without_the_bundled_file_the_alternatives_are_named(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
     fails(capsys, "fashion-mini", "fashion-mini.npz", "cifar10", "folder")
+
+
+def test_memory_that_a_step_freed_is_there_for_the_next(tmp_path):
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("it is glibc that would hand the memory back")
+    program = """
+import resource, torch, common
+common.load_splits("fashion-mini", "", None, torch.device("cpu"))
+def faults():
+    began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for mebibytes in (20, 100):
+        torch.ones(mebibytes * 2**18)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - began
+faults(), print(faults())"""
+    environment = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                         check=True, cwd=Path(common.__file__).parent, env=environment)
+    assert int(run.stdout) < 100  # pages, usually of 4 KiB
 
 
 def write_idx(folder, name, count):

@@ -58,14 +58,14 @@ def test_color_jitter_is_torchvisions_in_each_images_order(channels):
         for turn in turns:
             image = adjust[turn](image, factor[turn])
         theirs.append(image)
-    close(jitter(x, factors, order), theirs)
+    close(jitter(x.clone(), factors, order), theirs)
 
 
 def test_whole_circle_of_hues():
     x = images()
     shift = torch.linspace(-0.5, 0.5, N)
     factors = torch.cat([torch.ones(N, 3), shift[:, None]], 1)
-    ours = ColorJitter(0, 0, 0, 0.5)(x, factors, torch.arange(4).expand(N, 4))
+    ours = ColorJitter(0, 0, 0, 0.5)(x.clone(), factors, torch.arange(4).expand(N, 4))
     close(ours, [TF.adjust_hue(image, s) for image, s in zip(x, shift.tolist(), strict=True)])
 
 
@@ -87,16 +87,16 @@ def test_random_apply_leaves_the_others_alone(function):
     x, operation = images(), RandomApply(function, 0.5)
     (chosen,) = operation.draw(N, generator(5))
     assert 0 < chosen.sum() < N
-    ours = operation(x, chosen)
+    ours = operation(x.clone(), chosen)
     assert torch.equal(ours[~chosen], x[~chosen])
     close(ours[chosen], [function(image) for image in x[chosen]])
-    assert torch.equal(operation(x, torch.zeros(N, dtype=torch.bool)), x)
+    assert torch.equal(operation(x.clone(), torch.zeros(N, dtype=torch.bool)), x)
 
 
 def test_random_apply_hands_each_image_its_own_parameters():
     x, blur = images(height=24, width=24), GaussianBlur(5, (0.1, 2.0))
     chosen, sigma = RandomApply(blur, 0.5).draw(N, generator(6))
-    ours = RandomApply(blur, 0.5)(x, chosen, sigma)
+    ours = RandomApply(blur, 0.5)(x.clone(), chosen, sigma)
     torch.testing.assert_close(ours[chosen], blur(x, sigma)[chosen])
     assert torch.equal(ours[~chosen], x[~chosen])
 
