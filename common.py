@@ -98,18 +98,18 @@ class RandomResizedCrop(NamedTuple):
 
     def __call__(self, x: Tensor, u: Tensor, flip: Tensor) -> Tensor:
         """x [B, C, H, W] uint8 or float → [B, C, size, size]: two matrix products an image."""
-        def filters(start: Tensor, length: Tensor, n: int) -> Tensor:  # [B, 1] each → [B, size, n]
+        def filters(start: Tensor, length: Tensor, n: int, out: Tensor) -> Tensor:  # [B, size, n]
             scale, pixel = length[..., None] / self.size, torch.arange(n, device=x.device)
-            out = torch.arange(self.size, device=x.device)[:, None] + 0.5
             distance = (pixel + 0.5 - start[..., None] - scale * out).div_(scale.clamp(min=1))
             inside = (pixel >= start) & (pixel < start + length)
             w = distance.abs_().sub_(1).clamp_(max=0).mul_(inside[:, None])  # below 0, as the sum
             return w.div_(w.sum(2, keepdim=True))
         top, left, height, width = beside(x, self.boxes(u, *x.shape[2:]).float()).split(1, dim=1)
-        rows, columns = filters(top, height, x.shape[2]), filters(left, width, x.shape[3])
-        columns = torch.where(beside(x, flip)[:, None, None], columns.flip(1), columns)
-        x = x.float().div_(255) if x.dtype == torch.uint8 else x
-        x = (x.transpose(1, 2).flatten(1, 2) @ columns.mT).view(len(x), x.shape[2], -1)
+        out = torch.arange(self.size, device=x.device)[:, None] + 0.5
+        rows = filters(top, height, x.shape[2], out)
+        out = torch.where(beside(x, flip)[:, None, None], self.size - out, out)
+        columns = filters(left, width, x.shape[3], out).div_(255 if x.dtype == torch.uint8 else 1)
+        x = (x.transpose(1, 2).flatten(1, 2).float() @ columns.mT).view(len(x), rows.shape[2], -1)
         return (rows @ x).unflatten(2, (-1, self.size)).transpose(1, 2)  # from [B, size, C·size]
 
     def cut(self, image: Tensor, u: Tensor, flip: Tensor) -> Tensor:
