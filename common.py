@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -33,6 +33,7 @@ SETS = {"fashion-mini": "FashionMNIST", "mnist": "MNIST", "fashionmnist": "Fashi
         "cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}  # torchvision's names
 ARCHITECTURES = ("small", "resnet18", "resnet34", "resnet50")
 Recipes = Sequence[tuple[int, Sequence]]  # pairs: number of views V, their operations, a crop first
+shuffled = lru_cache(2)(lambda n, *key: torch.randperm(n, generator=generator(*key)))
 
 
 def fail(message: str, alone: bool = False) -> NoReturn:
@@ -157,8 +158,7 @@ class ColorJitter(NamedTuple):
     @staticmethod
     def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
         """Turn the hue of x [B, 3, H, W] by shift [B, 1, 1], in -.5..0.5 of the circle."""
-        # Red's distance from the largest channel and g - b, as shares of the chroma, tell the hue
-        # in sixths of the circle without a choice by the largest: red 0, green 2, blue 4.
+        # The hue in sixths of the circle (red 0, green 2, blue 4), without a case a channel.
         (r, g, b), least, value = x.unbind(1), x.amin(1), x.amax(1)
         chroma = value - least
         away, side = torch.stack([value - r, g - b]) / chroma.clamp(min=1e-12)
@@ -395,7 +395,7 @@ def draw(images: int, recipes: Recipes, B: int, seed: int, rows: Tensor,
     rng = generator(seed, epoch, i)
     drawn = [[[v.unflatten(0, (V, B))[:, rows].flatten(0, 1) for v in operation.draw(V * B, rng)]
               for operation in operations] for V, operations in recipes]
-    return torch.randperm(images, generator=generator(seed, epoch))[i * B + rows], drawn
+    return shuffled(images, seed, epoch)[i * B + rows], drawn
 
 
 def batches(data: ImageSet, recipes: Recipes, batch_size: int, seed: int, start: int,
