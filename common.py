@@ -144,14 +144,14 @@ class ColorJitter(NamedTuple):
 
     def __call__(self, x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
         """factors [B, 4]: three around 1 and the hue's shift; order [B, 4]: their permutation."""
-        factors = beside(x, factors)
         for turn in order.unbind(1):
+            factor = beside(x, factors.gather(1, turn[:, None]))[..., None, None]
             i = beside(x, (turn == 3).nonzero()[:, 0])
-            hue = self.shift_hue(x[i], factors[i, 3, None, None]) if x.shape[1] == 3 else x[i]
+            hue = x.index_select(0, i)
+            hue = self.shift_hue(hue, factor[i, 0]) if x.shape[1] == 3 else hue
             # The others mix the image with something grey: black, its mean, its luma.
             kind, grey = beside(x, turn)[:, None, None, None], TF.rgb_to_grayscale(x, 1)
             grey = grey * (kind == 2) + grey.mean((2, 3), keepdim=True) * (kind == 1)
-            factor = factors.gather(1, kind[:, 0, 0])[..., None, None]
             torch.lerp(grey, x, factor, out=x).clamp_(0, 1)[i] = hue
         return x
 
@@ -195,8 +195,8 @@ class RandomApply(NamedTuple):
 
     def __call__(self, x: Tensor, chosen: Tensor, *drawn: Tensor) -> Tensor:
         i = chosen.nonzero()[:, 0]  # on the CPU: its size is known without a wait
-        there = beside(x, i)
-        return x.index_copy_(0, there, self.operation(x[there], *(v[i] for v in drawn)))
+        there, drawn = beside(x, i), [v[i] for v in drawn]
+        return x.index_copy_(0, there, self.operation(x.index_select(0, there), *drawn))
 
 # ------------------------------------------------------------------------------------------- data
 @dataclass
@@ -233,9 +233,9 @@ class ImageSet:
              steps: Sequence[int]) -> Iterator[tuple]:
         """Of each step index [B] and drawn, as `plan` gives them, and by recipe the crops [V·B, C,
         size, size] float32. drawn: by recipe and operation, its parameters. Bad file: fail()."""
-        if isinstance(self.images, Tensor):
-            for index, drawn in map(plan, steps):
-                views = [crop(self.images[beside(self.images, index.repeat(count))], *first) for (
+        if isinstance(x := self.images, Tensor):
+            for index, drawn in map(plan, steps):  # index_select: ten times as fast as x[index]
+                views = [crop(x.index_select(0, beside(x, index.repeat(count))), *first) for (
                     count, (crop, *_)), (first, *_) in zip(recipes, drawn, strict=True)]
                 yield index, drawn, [v if v.dtype == torch.float else v / 255 for v in views]
             return

@@ -259,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             momentum_update(keys, net, args.key_momentum)
             rng = common.generator(args.seed, *divmod(step, epoch_steps), 1)
             shuffle = common.beside(x_k, torch.randperm(N * V, generator=rng))  # one for all
-            x_k = accelerator.gather(x_k)[shuffle.chunk(processes)[rank]]
+            x_k = accelerator.gather(x_k).index_select(0, shuffle.chunk(processes)[rank])
             k = key_model(x_k.contiguous(memory_format=torch.channels_last)).float()
             k = F.normalize(accelerator.gather(k)[shuffle.argsort()], dim=1)
         q = model(x_q.contiguous(memory_format=torch.channels_last)).float()
