@@ -33,7 +33,7 @@ SETS = {"fashion-mini": "FashionMNIST", "mnist": "MNIST", "fashionmnist": "Fashi
         "cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}  # torchvision's names
 ARCHITECTURES = ("small", "resnet18", "resnet34", "resnet50")
 Recipes = Sequence[tuple[int, Sequence]]  # pairs: number of views V, their operations, a crop first
-shuffled = lru_cache(2)(lambda n, *key: torch.randperm(n, generator=generator(*key)))
+shuffled = lru_cache(2)(lambda n, *key: torch.randperm(n, generator=generator(*key)))  # kept
 
 
 def fail(message: str, alone: bool = False) -> NoReturn:
@@ -158,7 +158,7 @@ class ColorJitter(NamedTuple):
     @staticmethod
     def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
         """Turn the hue of x [B, 3, H, W] by shift [B, 1, 1], in -.5..0.5 of the circle."""
-        # The hue in sixths of the circle (red 0, green 2, blue 4), without a case a channel.
+        # The hue in sixths of the circle (red 0, green 2, blue 4), with no case for each channel.
         (r, g, b), least, value = x.unbind(1), x.amin(1), x.amax(1)
         chroma = value - least
         away, side = torch.stack([value - r, g - b]) / chroma.clamp(min=1e-12)
@@ -492,7 +492,7 @@ def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, classes: int, seed: int =
                  epochs: int = 20) -> tuple[Tensor, dict[str, float]]:
     """Logistic regression on fixed features: x [N, D], y [N], x_test [M, D] → logits [M, classes]
     and the chosen rate and decay: of a grid trained side by side, the best on a held-out tenth of
-    each class. Features are standardised and divided by sqrt(D), so that one grid suits all."""
+    each class, then on all. Features are standardised, over sqrt(D): so one grid suits all."""
     rng, y = generator(seed), y.to(x.device)
     mean, scale = x.mean(0), (x.std(0) + 1e-6) * x.shape[1] ** 0.5
     x, x_test = (F.pad((v - mean) / scale, (0, 1), value=1) for v in (x, x_test))  # 1: the bias

@@ -254,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         lr = learning_rate(step, steps, warmup, args.lr, args.schedule)
         optimizer.param_groups[0]["lr"] = lr
         # Rows image by image: so they, and the groups of BN, are the same on all process counts.
-        x_q, x_k = (x.transpose(0, 1).flatten(0, 1) for x in (views[:V], views[[1, 0][:V]]))
+        x_q, x_k = (x.transpose(0, 1).flatten(0, 1) for x in (views[:V], views[2 - V:].flip(0)))
         with torch.no_grad():
             momentum_update(keys, net, args.key_momentum)
             rng = common.generator(args.seed, *divmod(step, epoch_steps), 1)
