@@ -98,20 +98,25 @@ class RandomResizedCrop(NamedTuple):
         return torch.cat([top, torch.where(found, left, (width - w) // 2), h, w], 1).long()
 
     def __call__(self, x: Tensor, u: Tensor, flip: Tensor) -> Tensor:
-        """x [B, C, H, W] uint8 or float → [B, C, size, size]: two matrix products an image."""
-        def filters(start: Tensor, length: Tensor, n: int, out: Tensor) -> Tensor:  # [B, size, n]
-            scale, pixel = length[..., None] / self.size, torch.arange(n, device=x.device)
-            distance = (pixel + 0.5 - start[..., None] - scale * out).div_(scale.clamp(min=1))
+        """x [B, C, H, W] uint8 or float → [B, C, size, size]: bilinear, antialiased."""
+        size, (H, W), scale = self.size, x.shape[2:], 255 if x.dtype == torch.uint8 else 1
+        start, length = beside(x, self.boxes(u, H, W).float())[:, None].split(2, dim=2)
+        at = start + length / size * (torch.arange(size, device=x.device)[:, None] + 0.5)
+        mirrored = beside(x, flip[:, None, None] & torch.tensor([False, True]))  # columns only
+        at = torch.where(mirrored, at.flip(1), at)  # [B, size, 2]: where the new pixels lie
+        if max(H, W) <= size:  # nothing shrinks: between four pixels
+            rows, columns = at.clamp(start + 0.5, start + length - 0.5).unbind(2)
+            grid = torch.complex((columns * (2 / W) - 1)[:, None], (rows * (2 / H) - 1)[..., None])
+            return F.grid_sample(x / scale, torch.view_as_real(grid), align_corners=False)
+        def filters(at: Tensor, start: Tensor, length: Tensor, n: int) -> Tensor:  # [B, size, n]
+            pixel = torch.arange(n, device=x.device)
             inside = (pixel >= start) & (pixel < start + length)
-            w = distance.abs_().sub_(1).clamp_(max=0).mul_(inside[:, None])  # below 0, as the sum
+            w = (pixel + 0.5 - at[..., None]).div_((length / size).clamp(min=1)[..., None]).abs_()
+            w = w.sub_(1).clamp_(max=0).mul_(inside[:, None])  # below 0, as the sum
             return w.div_(w.sum(2, keepdim=True))
-        top, left, height, width = beside(x, self.boxes(u, *x.shape[2:]).float()).split(1, dim=1)
-        out = torch.arange(self.size, device=x.device)[:, None] + 0.5
-        rows = filters(top, height, x.shape[2], out)
-        out = torch.where(beside(x, flip)[:, None, None], self.size - out, out)
-        columns = filters(left, width, x.shape[3], out).div_(255 if x.dtype == torch.uint8 else 1)
-        x = (x.transpose(1, 2).flatten(1, 2).float() @ columns.mT).view(len(x), rows.shape[2], -1)
-        return (rows @ x).unflatten(2, (-1, self.size)).transpose(1, 2)  # from [B, size, C·size]
+        rows, columns = map(filters, at.unbind(2), start.unbind(2), length.unbind(2), (H, W))
+        x = x.transpose(1, 2).flatten(1, 2).float() @ (columns / scale).mT
+        return (rows @ x.view(len(x), H, -1)).unflatten(2, (-1, size)).transpose(1, 2)
 
     def cut(self, image: Tensor, u: Tensor, flip: Tensor) -> Tensor:
         """The same by torchvision: image [3, H, W], V rows → [V, 3, size, size], all uint8."""
@@ -147,8 +152,7 @@ class ColorJitter(NamedTuple):
         for turn in order.unbind(1):
             factor = beside(x, factors.gather(1, turn[:, None]))[..., None, None]
             i = beside(x, (turn == 3).nonzero()[:, 0])
-            hue = x.index_select(0, i)
-            hue = self.shift_hue(hue, factor[i, 0]) if x.shape[1] == 3 else hue
+            hue = self.shift_hue(x.index_select(0, i), factor[i, 0]) if x.shape[1] == 3 else x[i]
             # The others mix the image with something grey: black, its mean, its luma.
             kind, grey = beside(x, turn)[:, None, None, None], TF.rgb_to_grayscale(x, 1)
             grey = grey * (kind == 2) + grey.mean((2, 3), keepdim=True) * (kind == 1)
@@ -418,11 +422,10 @@ def build_encoder(architecture: str, stem: str = "7x7") -> nn.Module:
     """[B, 3, H, W] → h [B, encoder.width]: a ResNet with torchvision's names, its stem "7x7" or
     "3x3" without max-pooling (SimCLR, B.9), or "small", five convolutions."""
     if architecture == "small":
-        widths = ((3, 32), (32, 32), (32, 64), (64, 128), (128, 256))
-        block = torchvision.ops.Conv2dNormActivation
-        layers = [block(*w, 3, 2 - i % 2) for i, w in enumerate(widths)]
+        w = (3, 32, 32, 64, 128, 256)
+        layers = [torchvision.ops.Conv2dNormActivation(*w[i:i + 2], 3, 2 - i % 2) for i in range(5)]
         encoder = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        encoder.width = widths[-1][1]
+        encoder.width = w[-1]
         return encoder
     encoder = torchvision.models.get_model(architecture)
     if stem == "3x3":
@@ -443,11 +446,9 @@ def save_encoder(path: str | Path, encoder: nn.Module, **metadata: object) -> No
 def load_encoder(path: str | Path, **expected: str) -> tuple[nn.Module, dict[str, str]]:
     """The encoder of save_encoder's file, and its metadata; another, or unexpected: fail()."""
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = safetensors.safe_open(path, "pt").metadata() or {}
         encoder = build_encoder(metadata["architecture"], metadata["stem"])
-        encoder.load_state_dict(weights)
+        encoder.load_state_dict(safetensors.torch.load_file(path))
     except Exception as error:  # a foreign file leads to nearly everything
         fail(f"{path} is no encoder.safetensors of these scripts ({error!r:.200})")
     if not expected.items() <= metadata.items():
@@ -587,9 +588,8 @@ def finish(out: Path, encoder: nn.Module, about: dict, bank: ImageSet | None,
 def table(rows: Sequence[dict]) -> str:
     """Rows with the same keys as aligned text, numbers with one decimal."""
     lines = [[f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    lines.insert(0, list(rows[0]))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    widths = [max(map(len, column)) for column in zip(rows[0], *lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, v, widths)).rstrip() for v in (rows[0], *lines))
 
 
 def save_pictures(path: Path, images: Tensor, columns: int) -> None:

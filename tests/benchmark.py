@@ -2,8 +2,9 @@
 
 1. Images a second of each script's own training loop, end to end, against its encoder alone: on
    ready views of the same shapes and precision forward, backward and optimiser step, for moco.py
-   also the forward pass of the keys (both with BN in 8 groups, as it has), for swav.py a pass for
-   each resolution. The two take turns within one run of main(): the machine's drift cancels.
+   also the forward pass of the keys (both with BN in 8 groups, as it has; and in a second figure
+   with their heads, as its paper's encoders f_q and f_k have them), for swav.py a pass for each
+   resolution. They take turns within one run of main(): the machine's drift cancels.
 2. Views a second of the augmentation alone against torchvision's v2 transforms image by image, in
    as many worker processes as there are cores.
 3. With --photographs FOLDER (train/ and val/ with class folders): the share of time for which a
@@ -17,6 +18,7 @@
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import statistics
@@ -24,11 +26,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
@@ -62,23 +66,33 @@ def class_folders(folder: Path, images: int, side: int = 32) -> None:
 def end_to_end(script, argv: list[str], batch: int, turns: int) -> None:
     """Run script.main with pauses in which its encoder works alone."""
     views, with_keys, make = WORK[script]
-    encoder, keys = (common.build_encoder("resnet18", "7x7").to(memory_format=torch.channels_last)
-                     for _ in range(2))
-    for module in [*encoder.modules(), *keys.modules()] if script is moco else []:
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.__class__, module.splits = moco.SplitBatchNorm, 8
-    optimizer = make(encoder.parameters(), 1e-3)
     shapes = [(count * batch, 3, side, side) for count, side in views]
     inputs = [torch.rand(s).contiguous(memory_format=torch.channels_last) for s in shapes]
 
-    def bare() -> None:
-        optimizer.zero_grad()
-        torch.cat([encoder(x) for x in inputs]).square().mean().backward()
-        optimizer.step()
-        if with_keys:
-            with torch.no_grad():
-                keys(inputs[0])
+    def encoder(*head: torch.nn.Module) -> torch.nn.Module:
+        model = torch.nn.Sequential(common.build_encoder("resnet18", "7x7"), *head)
+        for module in model.modules() if script is moco else []:
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.__class__, module.splits = moco.SplitBatchNorm, 8
+        return model.to(memory_format=torch.channels_last)
 
+    def work(*head: torch.nn.Module) -> Callable[[], None]:
+        model, keys = encoder(*head), encoder(*head)
+        optimizer = make(model.parameters(), 1e-3)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            torch.cat([model(x) for x in inputs]).square().mean().backward()
+            optimizer.step()
+            if with_keys:
+                with torch.no_grad():
+                    keys(inputs[0])
+
+        return step
+
+    alone = {"its encoder alone": work()}
+    if script is moco:
+        alone["with the head"] = work(torchvision.ops.MLP(512, [512, 128]))
     batches, times = common.batches, []
 
     def taking_turns(*args):
@@ -86,10 +100,12 @@ def end_to_end(script, argv: list[str], batch: int, turns: int) -> None:
         while True:
             for _ in range(BLOCK):
                 yield next(steps)
-            now = time.perf_counter()  # the loop is done with the block and asks for more
-            for _ in range(BLOCK):
-                bare()
-            times.append((now - began, time.perf_counter() - now))
+            moments = [began, time.perf_counter()]  # done with the block, the loop asks for more
+            for step in alone.values():
+                for _ in range(BLOCK):
+                    step()
+                moments.append(time.perf_counter())
+            times.append([b - a for a, b in itertools.pairwise(moments)])
             if len(times) == turns + WARM_UP:
                 return
             began = time.perf_counter()
@@ -98,11 +114,12 @@ def end_to_end(script, argv: list[str], batch: int, turns: int) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         script.main(argv)
     common.batches = batches
-    times = times[WARM_UP:]
-    ours, alone = (statistics.median(t) for t in zip(*times, strict=True))
-    ratio = statistics.median(b / a for a, b in times)
-    print(f"{script.__name__}: {BLOCK * batch / ours:.0f} images/s end to end, "
-          f"{BLOCK * batch / alone:.0f} the encoder alone: {ratio:.3f} (median of {turns} turns)")
+    ours, *others = zip(*times[WARM_UP:], strict=True)
+    print(f"{script.__name__}: {BLOCK * batch / statistics.median(ours):.0f} images/s end to end")
+    for name, other in zip(alone, others, strict=True):
+        ratio = statistics.median(b / a for a, b in zip(ours, other, strict=True))
+        print(f"  {BLOCK * batch / statistics.median(other):.0f} {name}: {ratio:.3f} "
+              f"(median of {turns} turns)")
 
 
 class PerImage(Dataset):
