@@ -181,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     splits = args.bn_splits = args.bn_splits or processes * groups
     if N * V % splits or splits == N * V or splits % processes:
         fail(f"--bn-splits {splits}: take a multiple of {processes} that divides {N * V} queries "
-             "into groups of two or more")
+             "into groups of two or more, or another --batch-size")
     K = args.queue_size or max(N * V, min(65536, 1 << (len(data) // 8 or 1).bit_length() - 1))
     args.queue_size = K
     if K < N * V:

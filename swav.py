@@ -195,8 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
     warmup = min(round(args.warmup_epochs * epoch_steps), steps - 1)
     freeze, fill = (round(v * epoch_steps) for v in (args.freeze_prototypes, args.queue_start))
-    full = fill + -(-Q // N) if Q else steps  # the step from which the queue is used
-    if N + Q * (full < steps) < K:
+    if N + Q * (fill + -(-Q // N) < steps) < K:
         say(f"warning: {N} images of a step share {K} --prototypes, the queue is no help: too many")
     settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
     settings["mixed_precision"] = accelerator.mixed_precision
@@ -240,6 +239,7 @@ def main(argv: list[str] | None = None) -> None:
         done, rows, sums = min(state["step"], steps - new), state["rows"], state["sums"].to(device)
         say(f"going on after step {done} of {steps}"
             + f"; the files changed: {old['images']}, now {data.fingerprint}" * new)
+    full = max(fill, done) + -(-(queue[0] == 0).all(1).sum().item() // N)  # then it is used
     signals, halt = [], 0  # looked at between steps; launchers repeat one, the third ends the run
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda n, _: signals.append(n) or (signals[2:] and os._exit(128 + n)))
@@ -263,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
             S = torch.cat([queue, Z], 1) @ C.T if step >= full else Z @ C.T
             codes = torch.stack([sinkhorn(s, args.epsilon)[-N:] for s in S]).chunk(processes, 1)
             if Q and step >= fill:  # its last rows, should it be smaller than the batch
-                queue[:, ((step - fill) * N + order[-Q:]) % Q] = Z[:, -Q:]
+                queue[:, (step * N + order[-Q:]) % Q] = Z[:, -Q:]
         loss = swapped_prediction_loss(scores, codes[rank], args.temperature)
         optimizer.zero_grad()
         accelerator.backward(loss)

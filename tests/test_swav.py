@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -267,7 +269,7 @@ def test_the_queue_serves_once_full_and_only_the_batchs_codes_enter_the_loss(fol
             assert torch.equal(losses[step][1][i], q[-4:])
             if step >= 3:
                 for j in range(4):
-                    queue[i, ((step - 3) * 4 + j) % 10] = history[step, i, j]
+                    queue[i, (step * 4 + j) % 10] = history[step, i, j]
     state = checkpoint(out)
     stored = state["queue"] @ state["model"]["prototypes.weight"].T
     torch.testing.assert_close(stored, queue, rtol=1e-4, atol=1e-5)
@@ -280,6 +282,30 @@ def test_a_queue_smaller_than_the_batch_holds_its_last(folder, tmp_path, seen):
     order = [(i % 3, i) for i in (1, 2, 3)]
     for place, row in order:
         torch.testing.assert_close(stored[:, place], seen[1][0][0][:2, row], rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_that_lost_files_uses_its_queue_once_full(tmp_path, seen, monkeypatch):
+    folder = write_folder(tmp_path / "stripes", 9)  # 6 steps an epoch: filled from step 12
+    argv = ["--epochs", 4, "--queue-size", 8, "--queue-start", 2]
+    real = common.batches
+
+    def interrupted(*args):
+        for step, *rest in real(*args):
+            if step == 12:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield step, *rest
+
+    monkeypatch.setattr(common, "batches", interrupted)
+    with pytest.raises(SystemExit):
+        run(folder, tmp_path / "run", *argv)
+    assert (checkpoint(tmp_path / "run")["queue"] == 0).all(2).sum(1).tolist() == [4, 4]
+    monkeypatch.setattr(common, "batches", real)
+    for i in range(4):  # 5 steps an epoch: the queue would have been full at step 12
+        (folder / "train" / "along" / f"{i}.png").unlink()
+    seen[0].clear()
+    run(folder, tmp_path / "run", *argv)
+    assert [len(scores) for scores, _ in seen[0]] == [4] * 2 + [12] * 12
+    assert all((scores != 0).all() for scores, _ in seen[0])
 
 
 def test_prototypes_have_length_one_and_freeze_for_the_first_epochs(folder, tmp_path):
