@@ -62,7 +62,7 @@ def faults():
     began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     _ = [torch.ones(2**20) for _ in range(64)]  # of 4 MiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - began
-faults(), faults(), print(faults())"""
+print([faults() for _ in range(6)][-1])"""
     environment = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
                          check=True, cwd=Path(common.__file__).parent, env=environment)
