@@ -74,7 +74,8 @@ def test_every_flag_has_a_help_of_one_sentence(module, monkeypatch):
 def test_flags_that_readme_names_exist(monkeypatch):
     known = {"--mixed_precision", "--num_processes", "--multi_gpu", "--nproc_per_node", "--cpu",
              "--dynamo_backend", "--python", "--extra", "--num_machines",  # the launchers'
-             "--shm-size", "--photographs", "--negatives", "--only", "--turns", "--dist"}  # docker's, tests'
+             "--shm-size", "--dist",  # docker's, pytest's
+             "--photographs", "--negatives", "--only", "--turns"}  # the benchmark's
     for module in MODULES:
         for action in parser(module, monkeypatch)._actions:
             known |= set(action.option_strings)
