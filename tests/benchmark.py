@@ -17,6 +17,7 @@
 
 import argparse
 import contextlib
+import copy
 import io
 import itertools
 import json
@@ -77,7 +78,7 @@ def end_to_end(script, argv: list[str], batch: int, turns: int) -> None:
         return model.to(memory_format=torch.channels_last)
 
     def work(*head: torch.nn.Module) -> Callable[[], None]:
-        model, keys = encoder(*head), encoder(*head)
+        model, keys = encoder(*head), encoder(*copy.deepcopy(head))
         optimizer = make(model.parameters(), 1e-3)
 
         def step() -> None:
