@@ -1,6 +1,10 @@
-"""Data and evaluation for the scripts beside it; all else stands in each script."""
+"""Data and evaluation for the scripts beside it; everything else stands in each script.
 
-import atexit
+Sections: errors, files and processes; command line; image operations; image sets and batches;
+encoders; evaluation; console and pictures.
+"""
+
+import argparse
 import ctypes
 import hashlib
 import json
@@ -9,9 +13,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -24,165 +28,439 @@ import torch.nn.functional as F
 import torchvision
 from accelerate import PartialState
 from accelerate.utils import broadcast, gather, gather_object, tqdm
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor, ImageOps
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as TF
 
-MEMORY_LIMIT = 8 * 2**30  # bytes of uint8 images that may lie on the device
-SETS = {"fashion-mini": "FashionMNIST", "mnist": "MNIST", "fashionmnist": "FashionMNIST",
-        "cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}  # torchvision's names
+# The names that --data knows, and torchvision's class of each.
+SETS = {
+    "fashion-mini": "FashionMNIST",
+    "mnist": "MNIST",
+    "fashionmnist": "FashionMNIST",
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
+    "stl10": "STL10",
+}
 ARCHITECTURES = ("small", "resnet18", "resnet34", "resnet50")
-Recipes = Sequence[tuple[int, Sequence]]  # pairs: number of views V, their operations, a crop first
-shuffled = lru_cache(2)(lambda n, *key: torch.randperm(n, generator=generator(*key)))  # kept
+MEMORY_LIMIT = 8 * 2**30  # bytes of uint8 pixels that may be kept on the device
 
 
-def fail(message: str, alone: bool = False) -> NoReturn:
-    """Stop for what a user can mend: one line on stderr (one a machine, or `alone`), code 2."""
-    if alone or os.environ.get("LOCAL_RANK", "0") == "0":
+# --------------------------------------------------------------------------------------
+# Errors, files and processes
+# --------------------------------------------------------------------------------------
+
+
+def fail(message: str, every_process: bool = False) -> NoReturn:
+    """End the program because of something that the user can mend.
+
+    Args:
+        message: what happened, and what to do. It is printed to stderr as one line.
+        every_process: print it on every process that comes here. Otherwise the first process of
+            each machine speaks for all of them.
+
+    Raises:
+        SystemExit: always, with code 2.
+    """
+    if every_process or os.environ.get("LOCAL_RANK", "0") == "0":
         print("error:", *message.splitlines(), file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
 @contextmanager
-def written_aside(path: str | Path) -> Iterator[Path]:
-    """A path to write to, renamed to `path` once all went well: no reader meets half a file."""
-    aside = Path(path).with_name(f".partial-{Path(path).name}")  # some writers look at the suffix
-    yield aside
-    aside.replace(path)
+def on_interrupt(advice: str) -> Iterator[None]:
+    """Let Ctrl-C end the program with one line of advice instead of a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"\ninterrupted: {advice}", file=sys.stderr, flush=True)
+        raise SystemExit(128 + signal.SIGINT) from None
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path to write to, which replaces `path` when the block has succeeded.
+
+    So nobody ever reads half a file, and after an error the old file is still there.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".partial-{path.name}")  # some writers need to see the suffix
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file, and create its folder where it is missing."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write_text(json.dumps(value, indent=1))
+    except OSError as error:
+        fail(f"{path} cannot be written ({error}): choose another --out or free some space")
+
+
+def read_json(path: Path) -> object:
+    """The content of a JSON file that one of the scripts wrote."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        fail(f"{path} cannot be read ({error}): remove it or choose another --out")
+
+
+def read_checkpoint(path: Path) -> dict:
+    """The checkpoint of a run, with its tensors on the CPU."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # A damaged file can raise almost any exception.
+        fail(f"{path} cannot be read ({error!r:.200}): remove it to begin again")
 
 
 def generator(*key: int) -> torch.Generator:
-    """A CPU generator that is a function of non-negative integers, such as (seed, epoch, step)."""
-    state = np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)  # (1,) ≠ (1, 0)
-    return torch.Generator().manual_seed(int(state[0]))
+    """A random generator on the CPU that is a function of integers such as (seed, epoch, step)."""
+    # Without the length, SeedSequence would not tell (1,) from (1, 0).
+    entropy = np.random.SeedSequence((len(key), *key))
+    return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
-# ------------------------------------------------------------------------------- image operations
-# On x [B, C, H, W], float32 in 0..1, C 1 or 3. draw(n, rng) gives the parameters of n images, CPU
-# tensors of n rows, distributed as in torchvision's transform of the same name; with rows of them
-# an operation gives what torchvision.transforms.v2.functional gives. All but crops may overwrite x.
-def beside(x: Tensor, v: Tensor) -> Tensor:
-    """v on the device of x; a CUDA device is not waited for."""
-    return v.to(x.device, non_blocking=x.is_cuda)
+
+def check_launcher() -> None:
+    """Refuse to run on fewer processes than the user asked for.
+
+    `accelerate launch --cpu --num_processes 2` silently starts a single process. The variables
+    that it sets give it away.
+    """
+    several_on_cpu = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ
+    asked_for = int(os.environ.get("WORLD_SIZE", 2 if several_on_cpu else 1))
+    if asked_for > PartialState().num_processes:
+        fail(
+            "several processes were asked for, but Accelerate started only one: on CPUs, use "
+            "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N SCRIPT"
+        )
+
+
+def tune_cpu(device: torch.device) -> None:
+    """Use all cores, and keep freed memory for the next step, if `device` is a CPU."""
+    if device.type != "cpu":
+        return
+    # `accelerate launch`, which sets this variable, gives every process a single thread.
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        torch.set_num_threads(max(1, os.cpu_count() // PartialState().num_processes))
+    # By default glibc returns large blocks to the system when they are freed. Asking for them
+    # anew at every step costs a tenth of the time.
+    m_trim_threshold, m_mmap_max = -1, -4
+    with suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_trim_threshold, -1)
+        libc.mallopt(m_mmap_max, 0)
+
+
+# --------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Shows the default of every flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default is None or action.default is False or action.dest == "help":
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
+def number(kind: type, low: float, high: float, meaning: str) -> Callable[[str], float]:
+    """A type for argparse: a number of a kind, int or float, from `low` to `high`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not {meaning}")
+        return value
+
+    return parse
+
+
+TINY, HUGE = 1e-30, 10**9
+positive_int = number(int, 1, HUGE, "a whole number of at least 1")
+nonnegative_int = number(int, 0, 2**63 - 1, "a whole number of at least 0")
+int_above_1 = number(int, 2, HUGE, "a whole number of at least 2")
+positive_float = number(float, TINY, 1e30, "a number above 0")
+nonnegative_float = number(float, 0, HUGE, "a number of at least 0")
+positive_fraction = number(float, TINY, 1, "a number above 0 and at most 1")
+fraction = number(float, 0, 1, "a number from 0 to 1")
+
+
+def add_data_arguments(parser: argparse.ArgumentParser, data: str | None = "fashion-mini") -> None:
+    """Add the flags that say which images are used; `data` is the default of --data."""
+    add = parser.add_argument_group("data").add_argument
+    add(
+        "--data",
+        default=data,
+        help=f"{', '.join(SETS)}, or a folder of images"
+        + ("" if data else " (default: what the encoder was trained on)"),
+    )
+    add("--root", default="data", help="folder where data sets are looked for and downloaded to")
+    add("--limit", type=positive_int, help="use this many training images, drawn once for all runs")
+    add(
+        "--stream",
+        action="store_true",
+        help="read image files whenever they are needed, even if they would fit in memory",
+    )
+    add(
+        "--workers",
+        type=positive_int,
+        help="processes that read image files (default: one per core, at most 16)",
+    )
+
+
+def describe_presets(presets: dict[str, dict]) -> str:
+    """A text for --help on the data sets that have defaults of their own."""
+    text = ""
+    for data, defaults in presets.items():
+        flags = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in defaults.items())
+        text += f"With --data {data} the defaults are: {flags}. "
+    return text
+
+
+def check_batch_size(batch_size: int, images: int, processes: int) -> None:
+    """Fail if a batch is larger than the set, or cannot be shared by the processes."""
+    if batch_size > images:
+        fail(f"--batch-size {batch_size} is more than the {images} images that there are")
+    if batch_size % processes:
+        fail(f"--batch-size {batch_size} is not a multiple of the {processes} processes")
+
+
+# --------------------------------------------------------------------------------------
+# Image operations
+#
+# They work on batches x [B, C, H, W] of float32 in 0..1 with C = 1 or 3. draw(n, rng) gives the
+# parameters of n images as CPU tensors with n rows, distributed as in torchvision's transform of
+# the same name; called with them, an operation gives what torchvision gives for each image. All
+# operations but the crops may overwrite x.
+# --------------------------------------------------------------------------------------
+
+
+def to_device_of(x: Tensor, value: Tensor) -> Tensor:
+    """`value` on the device of x, without waiting for a CUDA device."""
+    return value.to(x.device, non_blocking=x.is_cuda)
 
 
 def grayscale(x: Tensor) -> Tensor:
-    """Luma in each of the channels."""
+    """The luma of x in each of its channels."""
     return TF.rgb_to_grayscale(x, x.shape[-3])
 
 
 class RandomResizedCrop(NamedTuple):
-    """Crop of a random area and aspect ratio, resized to a square, mirrored with p `flip`."""
+    """A crop of random area and aspect ratio, resized to a square, mirrored with p = `flip`."""
+
     size: int
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
-    def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        return torch.rand(n, 22, generator=rng), torch.rand(n, generator=rng) < self.flip
 
-    def boxes(self, u: Tensor, height: Tensor | int, width: Tensor | int) -> Tensor:
-        """Boxes [n, 4] (top, left, height, width) for u [n, 22] and images of these sizes."""
-        height, width = (torch.as_tensor(v).expand(len(u))[:, None] for v in (height, width))
-        area = height * width * (self.scale[0] + (self.scale[1] - self.scale[0]) * u[:, :10])
-        low, high = map(math.log, self.ratio)
-        ratio = torch.exp(low + (high - low) * u[:, 10:20])
-        # As torchvision: the first of ten tries that fits, else the middle at the nearest ratio.
-        w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, ...]:
+        """scale and ratio [n, 10], top and left [n, 1], all uniform in 0..1, and flip [n], bool."""
+        uniform = torch.rand(n, 22, generator=rng)
+        scale, ratio, top, left = uniform.split([10, 10, 1, 1], dim=1)
+        flip = torch.rand(n, generator=rng) < self.flip
+        return scale, ratio, top, left, flip
+
+    def boxes(
+        self,
+        scale: Tensor,
+        ratio: Tensor,
+        top: Tensor,
+        left: Tensor,
+        height: Tensor | int,
+        width: Tensor | int,
+    ) -> Tensor:
+        """The boxes that the drawn numbers choose in images of given sizes.
+
+        As in torchvision, the first of ten tries that fits into the image counts. If none does,
+        the box is the middle of the image, with the nearest allowed aspect ratio.
+
+        Args:
+            scale, ratio, top, left: what `draw` gave.
+            height, width: of the images, one number or [n].
+
+        Returns:
+            [n, 4] integers: top, left, height and width.
+        """
+        height = torch.as_tensor(height).expand(len(top))[:, None]
+        width = torch.as_tensor(width).expand(len(top))[:, None]
+        area = height * width * (self.scale[0] + (self.scale[1] - self.scale[0]) * scale)
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        aspect = torch.exp(low + (high - low) * ratio)
+        w = (area * aspect).sqrt().round()
+        h = (area / aspect).sqrt().round()
+
         fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-        first, found = fits.int().argmax(1, keepdim=True), fits.any(1, keepdim=True)
+        found = fits.any(1, keepdim=True)
+        first = fits.int().argmax(1, keepdim=True)
         nearest = (width / height).clamp(*self.ratio)
         h = torch.where(found, h.gather(1, first), (width / nearest).round().minimum(height))
         w = torch.where(found, w.gather(1, first), (height * nearest).round().minimum(width))
-        top = (u[:, 20:21] * (height - h + 1)).floor().minimum(height - h)  # may have rounded up
-        left = (u[:, 21:] * (width - w + 1)).floor().minimum(width - w)
-        top = torch.where(found, top, (height - h) // 2)
-        return torch.cat([top, torch.where(found, left, (width - w) // 2), h, w], 1).long()
 
-    def __call__(self, x: Tensor, u: Tensor, flip: Tensor) -> Tensor:
-        """x [B, C, H, W] uint8 or float → [B, C, size, size]: bilinear, antialiased."""
-        size, (H, W), scale = self.size, x.shape[2:], 255 if x.dtype == torch.uint8 else 1
-        start, length = beside(x, self.boxes(u, H, W).float())[:, None].split(2, dim=2)
-        at = start + length / size * (torch.arange(size, device=x.device)[:, None] + 0.5)
-        mirrored = beside(x, flip[:, None, None] & torch.tensor([False, True]))  # columns only
-        at = torch.where(mirrored, at.flip(1), at)  # [B, size, 2]: where the new pixels lie
-        if max(H, W) <= size:  # nothing shrinks: between four pixels
-            rows, columns = at.clamp(start + 0.5, start + length - 0.5).unbind(2)
-            grid = torch.complex((columns * (2 / W) - 1)[:, None], (rows * (2 / H) - 1)[..., None])
-            return F.grid_sample(x / scale, torch.view_as_real(grid), align_corners=False)
-        def filters(at: Tensor, start: Tensor, length: Tensor, n: int) -> Tensor:  # [B, size, n]
-            pixel = torch.arange(n, device=x.device)
-            inside = (pixel >= start) & (pixel < start + length)
-            w = (pixel + 0.5 - at[..., None]).div_((length / size).clamp(min=1)[..., None]).abs_()
-            w = w.sub_(1).clamp_(max=0).mul_(inside[:, None])  # below 0, as the sum
-            return w.div_(w.sum(2, keepdim=True))
-        rows, columns = map(filters, at.unbind(2), start.unbind(2), length.unbind(2), (H, W))
-        x = x.transpose(1, 2).flatten(1, 2).float() @ (columns / scale).mT
-        return (rows @ x.view(len(x), H, -1)).unflatten(2, (-1, size)).transpose(1, 2)
+        # The product may be rounded up to one pixel too many: hence the minimum.
+        random_top = (top * (height - h + 1)).floor().minimum(height - h)
+        random_left = (left * (width - w + 1)).floor().minimum(width - w)
+        top = torch.where(found, random_top, (height - h) // 2)
+        left = torch.where(found, random_left, (width - w) // 2)
+        return torch.cat([top, left, h, w], dim=1).long()
 
-    def cut(self, image: Tensor, u: Tensor, flip: Tensor) -> Tensor:
-        """The same by torchvision: image [3, H, W], V rows → [V, 3, size, size], all uint8."""
-        boxes = self.boxes(u, *image.shape[1:]).tolist()
-        crops = [TF.resized_crop(image, *box, [self.size] * 2) for box in boxes]
-        return torch.stack([v.flip(2) if f else v for v, f in zip(crops, flip, strict=True)])
+    def __call__(
+        self, x: Tensor, scale: Tensor, ratio: Tensor, top: Tensor, left: Tensor, flip: Tensor
+    ) -> Tensor:
+        """x [B, C, H, W], uint8 or float, to [B, C, size, size], float: bilinear, antialiased."""
+        H, W = x.shape[2:]
+        boxes = to_device_of(x, self.boxes(scale, ratio, top, left, H, W).float())
+        start, length = boxes[:, None].split(2, dim=2)  # [B, 1, 2]: of the rows, of the columns
+
+        # Where the centers of the new pixels lie in the image: [B, size, 2].
+        pixel = torch.arange(self.size, device=x.device)[:, None]
+        at = start + length / self.size * (pixel + 0.5)
+        mirrored = flip[:, None, None] & torch.tensor([False, True])  # columns only
+        at = torch.where(to_device_of(x, mirrored), at.flip(1), at)
+
+        if max(H, W) <= self.size:
+            return self._enlarge(x, start, length, at)
+        return self._shrink(x, start, length, at)
+
+    def _enlarge(self, x: Tensor, start: Tensor, length: Tensor, at: Tensor) -> Tensor:
+        """No crop is larger than the result: each new pixel is a mean of the four around it."""
+        rows, columns = at.clamp(start + 0.5, start + length - 0.5).unbind(2)
+        vertical = rows * (2 / x.shape[2]) - 1  # grid_sample counts from -1 to 1
+        horizontal = columns * (2 / x.shape[3]) - 1
+        grid = torch.broadcast_tensors(horizontal[:, None, :], vertical[:, :, None])
+        white = 255 if x.dtype == torch.uint8 else 1
+        return F.grid_sample(x / white, torch.stack(grid, dim=3), align_corners=False)
+
+    def _shrink(self, x: Tensor, start: Tensor, length: Tensor, at: Tensor) -> Tensor:
+        """Each new pixel is a weighted mean of all that it covers: two matrix products."""
+        H, W = x.shape[2:]
+        rows = self._filters(at[:, :, 0], start[:, :, 0], length[:, :, 0], H)
+        columns = self._filters(at[:, :, 1], start[:, :, 1], length[:, :, 1], W)
+        white = 255 if x.dtype == torch.uint8 else 1
+        x = x.transpose(1, 2).flatten(1, 2).float()  # [B, H * C, W]
+        x = x @ (columns / white).mT
+        x = rows @ x.view(len(x), H, -1)  # [B, size, C * size]
+        return x.unflatten(2, (-1, self.size)).transpose(1, 2)
+
+    def _filters(self, at: Tensor, start: Tensor, length: Tensor, n: int) -> Tensor:
+        """Triangle filters [B, size, n] over the n old pixels of one axis; each row sums to 1."""
+        pixel = torch.arange(n, device=at.device)
+        inside = (pixel >= start) & (pixel < start + length)
+        radius = (length / self.size).clamp(min=1)[..., None]
+        weight = (pixel + 0.5 - at[..., None]).div_(radius).abs_()
+        weight = weight.sub_(1).clamp_(max=0).mul_(inside[:, None])  # negative, as is the sum
+        return weight.div_(weight.sum(2, keepdim=True))
+
+    def cut(
+        self, image: Tensor, scale: Tensor, ratio: Tensor, top: Tensor, left: Tensor, flip: Tensor
+    ) -> Tensor:
+        """The same by torchvision: image [3, H, W] to one crop a row, [n, 3, size, size] uint8."""
+        crops = []
+        boxes = self.boxes(scale, ratio, top, left, *image.shape[1:])
+        for box, mirrored in zip(boxes.tolist(), flip.tolist(), strict=True):
+            crop = TF.resized_crop(image, *box, [self.size, self.size])
+            crops.append(crop.flip(2) if mirrored else crop)
+        return torch.stack(crops)
 
 
-class CentreCrop(NamedTuple):
-    """The middle square, resized; above 64 pixels, as usual, of 224/256 of the shorter side."""
+class CenterCrop(NamedTuple):
+    """The middle square, resized. Above 64 pixels it is, as usual, 224/256 of the shorter side."""
+
     size: int
+
     def __call__(self, x: Tensor) -> Tensor:
-        """x [..., H, W] → [..., size, size] of its type."""
-        side = round(min(x.shape[-2:]) * (1 if self.size <= 64 else 224 / 256))
-        return TF.resize(TF.center_crop(x, [side]), [self.size] * 2)
-    cut = __call__
+        """x [..., H, W] to [..., size, size] of the same type."""
+        share = 1 if self.size <= 64 else 224 / 256
+        side = round(min(x.shape[-2:]) * share)
+        return TF.resize(TF.center_crop(x, [side]), [self.size, self.size])
+
+    def cut(self, image: Tensor) -> Tensor:
+        """The same for one image [3, H, W]."""
+        return self(image)
 
 
 class ColorJitter(NamedTuple):
     """Brightness, contrast, saturation and hue, in an order of its own for each image."""
+
     brightness: float
     contrast: float
     saturation: float
     hue: float
+
     def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """factors [n, 4], three around 1 and the shift of the hue; order [n, 4], of the four."""
         middle, strength = torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor(self)
         low = torch.maximum(middle - strength, torch.tensor([0.0, 0.0, 0.0, -0.5]))
         factors = low + (middle + strength - low) * torch.rand(n, 4, generator=rng)
-        return factors, torch.rand(n, 4, generator=rng).argsort(1)
+        order = torch.rand(n, 4, generator=rng).argsort(1)
+        return factors, order
 
     def __call__(self, x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
-        """factors [B, 4]: three around 1 and the hue's shift; order [B, 4]: their permutation."""
-        for turn in order.unbind(1):
-            factor = beside(x, factors.gather(1, turn[:, None]))[..., None, None]
-            i = beside(x, (turn == 3).nonzero()[:, 0])
-            hue = self.shift_hue(x.index_select(0, i), factor[i, 0]) if x.shape[1] == 3 else x[i]
-            # The others mix the image with something grey: black, its mean, its luma.
-            kind, grey = beside(x, turn)[:, None, None, None], TF.rgb_to_grayscale(x, 1)
-            grey = grey * (kind == 2) + grey.mean((2, 3), keepdim=True) * (kind == 1)
-            torch.lerp(grey, x, factor, out=x).clamp_(0, 1)[i] = hue
+        """x [B, C, H, W] with the adjustments made, in place."""
+        for turn in order.unbind(1):  # the adjustment [B] whose turn it is: 3 is the hue
+            factor = to_device_of(x, factors.gather(1, turn[:, None]))[..., None, None]
+            hue = to_device_of(x, (turn == 3).nonzero()[:, 0])
+            shifted = x.index_select(0, hue)
+            if x.shape[1] == 3:
+                shifted = self.shift_hue(shifted, factor[hue, 0])
+
+            # The other three mix the image with a grey one: black, its mean, or its luma.
+            kind = to_device_of(x, turn)[:, None, None, None]
+            luma = TF.rgb_to_grayscale(x, 1)
+            gray = luma * (kind == 2) + luma.mean((2, 3), keepdim=True) * (kind == 1)
+            torch.lerp(gray, x, factor, out=x).clamp_(0, 1)
+            x[hue] = shifted
         return x
 
     @staticmethod
     def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
-        """Turn the hue of x [B, 3, H, W] by shift [B, 1, 1], in -.5..0.5 of the circle."""
-        # The hue in sixths of the circle (red 0, green 2, blue 4), with no case for each channel.
-        (r, g, b), least, value = x.unbind(1), x.amin(1), x.amax(1)
+        """Turn the hue of x [B, 3, H, W] by shift [B, 1, 1], in -0.5..0.5 of the circle."""
+        r, g, b = x.unbind(1)
+        least, value = x.amin(1), x.amax(1)
         chroma = value - least
+
+        # The hue in sixths of the circle (red 0, green 2, blue 4): one formula instead of a case
+        # for each channel that may be the largest.
         away, side = torch.stack([value - r, g - b]) / chroma.clamp(min=1e-12)
-        hue = torch.addcmul(side.abs(), away, 3 - 2 * side.abs()).copysign_(side).add_(6 * shift)
+        hue = torch.addcmul(side.abs(), away, 3 - 2 * side.abs()).copysign_(side)
+        hue.add_(6 * shift)
         hue.sub_((hue / 6).floor_(), alpha=6)
-        x = torch.stack([(hue - 3).abs_().sub_(1), 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()], 1)
-        return x.clamp_(0, 1).mul_(chroma[:, None]).add_(least[:, None])
+
+        r = (hue - 3).abs_().sub_(1)
+        g = 2 - (hue - 2).abs_()
+        b = 2 - (hue - 4).abs_()
+        x = torch.stack([r, g, b], dim=1).clamp_(0, 1)
+        return x.mul_(chroma[:, None]).add_(least[:, None])
 
 
 class GaussianBlur(NamedTuple):
-    """Blur with a sigma, in pixels, uniform between two; the borders reflect."""
+    """A blur whose sigma, in pixels, is uniform between two; the image is reflected at its edge."""
+
     kernel_size: int
     sigma: tuple[float, float]
+
     def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor]:
-        return (self.sigma[0] + (self.sigma[1] - self.sigma[0]) * torch.rand(n, generator=rng),)
+        """sigma [n]."""
+        low, high = self.sigma
+        return (low + (high - low) * torch.rand(n, generator=rng),)
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """x [B, C, S, S], sigma [B]: two products with banded matrices [S, S]."""
-        n, tap = x.shape[3], torch.arange(self.kernel_size, device=x.device) - self.kernel_size // 2
-        weights = (-0.5 * (tap / beside(x, sigma)[:, None]) ** 2).softmax(1)[:, None]
+        n = x.shape[3]
+        tap = torch.arange(self.kernel_size, device=x.device) - self.kernel_size // 2
+        weights = (-0.5 * (tap / to_device_of(x, sigma)[:, None]) ** 2).softmax(1)[:, None]
         source = (torch.arange(n, device=x.device)[:, None] + tap).abs()
         source = source.minimum(2 * (n - 1) - source).expand(len(x), -1, -1)
         band = x.new_zeros(len(x), n, n).scatter_add_(2, source, weights.expand_as(source))
@@ -190,200 +468,382 @@ class GaussianBlur(NamedTuple):
 
 
 class RandomApply(NamedTuple):
-    """On each image with probability p: an operation, or a function of x (torchvision's, say)."""
+    """Another operation, or a plain function of x, on each image with probability p."""
+
     operation: Callable[..., Tensor]
     p: float
+
     def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, ...]:
-        drawn = self.operation.draw(n, rng) if hasattr(self.operation, "draw") else ()
-        return torch.rand(n, generator=rng) < self.p, *drawn
+        """chosen [n], bool, and the parameters of the operation."""
+        parameters = self.operation.draw(n, rng) if hasattr(self.operation, "draw") else ()
+        chosen = torch.rand(n, generator=rng) < self.p
+        return chosen, *parameters
 
-    def __call__(self, x: Tensor, chosen: Tensor, *drawn: Tensor) -> Tensor:
-        i = chosen.nonzero()[:, 0]  # on the CPU: its size is known without a wait
-        there, drawn = beside(x, i), [v[i] for v in drawn]
-        return x.index_copy_(0, there, self.operation(x.index_select(0, there), *drawn))
+    def __call__(self, x: Tensor, chosen: Tensor, *parameters: Tensor) -> Tensor:
+        """x [B, C, H, W] with the chosen images changed, in place."""
+        rows = chosen.nonzero()[:, 0]  # on the CPU, where its size is known without waiting
+        there = to_device_of(x, rows)
+        changed = self.operation(x.index_select(0, there), *[v[rows] for v in parameters])
+        return x.index_copy_(0, there, changed)
 
-# ------------------------------------------------------------------------------------------- data
+
+# --------------------------------------------------------------------------------------
+# Image sets and batches
+# --------------------------------------------------------------------------------------
+
+Recipes = Sequence[tuple[int, Sequence]]  # pairs: the number of views, their operations
+
+
 @dataclass
+class ViewPlan:
+    """How `count` views of each of a step's B images are made."""
+
+    count: int
+    operations: Sequence  # the first one is a crop
+    parameters: Sequence[tuple[Tensor, ...]]  # of each operation, tensors of count * B rows
+
+
+@dataclass
+class StepPlan:
+    """What a step shows: the images, by their index [B], and how their views are made."""
+
+    index: Tensor
+    views: list[ViewPlan]
+
+
 class ImageSet:
-    """Images: uint8 [N, C, H, W] on the device, C 1 (grey) or 3, or paths of files of any sizes,
-    which `workers` processes read anew each time, ahead of use. Labels [N], -1: none."""
-    images: Tensor | np.ndarray
+    """What the images of memory and those of files have in common.
+
+    Attributes:
+        labels: [N] classes, -1 where there is none.
+        classes: the names of the classes.
+        fingerprint: text that changes when the list of images changes.
+        waited: seconds so far in which the next step's files were not ready.
+    """
+
     labels: Tensor
-    classes: Sequence[str] = ()  # their names
-    fingerprint: str = ""  # another where the list of files is another
-    device: torch.device | None = None  # for what is read from files
-    workers: int = 1
-    waited: float = 0.0  # seconds so far that the next step's files were not ready
+    classes: Sequence[str] = ()
+    fingerprint: str = ""
+    waited: float = 0.0
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.labels)
 
     @property
     def side(self) -> int:
-        """The default size of views: the first image's shorter side, at most 224."""
-        first = self.images[0]
-        return min(224, *(first if isinstance(first, Tensor) else read_image(first)).shape[1:])
+        """The default size of views: the shorter side of the first image, at most 224."""
+        return min(224, *self.first().shape[1:])
+
+    def centers(self, index: Tensor, size: int) -> Tensor:
+        """The middle squares of the images `index` [n], as [n, 3, size, size] float32."""
+        ((_, (x,)),) = self.load(lambda _: center_plan(index, size), [0])
+        return x.expand(-1, 3, -1, -1)
+
+    def first(self) -> Tensor:
+        """The first image, [C, H, W] uint8."""
+        raise NotImplementedError
 
     def take(self, index: Tensor) -> "ImageSet":
-        """The images index [n] as a set."""
-        return replace(self, images=self.images[index.numpy()], labels=self.labels[index])
+        """The images `index` [n] as a set of their own."""
+        raise NotImplementedError
 
-    def centres(self, index: Tensor, size: int) -> Tensor:
-        """The middle squares of the images index [n] → [n, 3, size, size] float32."""
-        loaded = self.load([(1, [CentreCrop(size)])], lambda _: (index, [[()]]), [0])
-        return next(loaded)[2][0].expand(-1, 3, -1, -1)
+    def load(
+        self, plan_of: Callable[[int], StepPlan], steps: Sequence[int]
+    ) -> Iterator[tuple[StepPlan, list[Tensor]]]:
+        """Make the crops of several steps.
 
-    def load(self, recipes: Recipes, plan: Callable[[int], tuple],
-             steps: Sequence[int]) -> Iterator[tuple]:
-        """Of each step index [B] and drawn, as `plan` gives them, and by recipe the crops [V·B, C,
-        size, size] float32. drawn: by recipe and operation, its parameters. Bad file: fail()."""
-        if isinstance(x := self.images, Tensor):
-            for index, drawn in map(plan, steps):  # index_select: ten times as fast as x[index]
-                views = [crop(x.index_select(0, beside(x, index.repeat(count))), *first) for (
-                    count, (crop, *_)), (first, *_) in zip(recipes, drawn, strict=True)]
-                yield index, drawn, [v if v.dtype == torch.float else v / 255 for v in views]
-            return
-        cuda, processes = self.device.type == "cuda", PartialState().num_processes
-        loader = iter(torch.utils.data.DataLoader(
-            steps, None, collate_fn=partial(_read_crops, self.images, recipes, plan),
-            num_workers=max(0, min(self.workers, len(steps) - 1)), pin_memory=cuda))
-        if hasattr(signal, "SIGCHLD"):  # else torch's raises for a dead worker at any point
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        end = atexit.register(getattr(loader, "_shutdown_workers", int))  # an exit waits for them
+        Args:
+            plan_of: gives the plan of a step.
+            steps: the numbers of the steps.
+
+        Yields:
+            The plan of each step, and for each of its views the first operation's result: crops
+            [count * B, C, size, size], float32 in 0..1, on the device.
+        """
+        raise NotImplementedError
+
+
+@dataclass
+class ImagesInMemory(ImageSet):
+    """Images of one size, kept on the device as uint8 [N, C, H, W] with C = 1 (gray) or 3."""
+
+    pixels: Tensor
+    labels: Tensor
+    classes: Sequence[str] = ()
+    fingerprint: str = ""
+
+    def first(self) -> Tensor:
+        return self.pixels[0]
+
+    def take(self, index: Tensor) -> "ImagesInMemory":
+        pixels = self.pixels[to_device_of(self.pixels, index)]
+        return replace(self, pixels=pixels, labels=self.labels[index])
+
+    def load(self, plan_of, steps):
+        for step in steps:
+            plan = plan_of(step)
+            crops = []
+            for view in plan.views:
+                index = to_device_of(self.pixels, plan.index.repeat(view.count))
+                # index_select is ten times as fast as pixels[index] on a CPU.
+                x = view.operations[0](self.pixels.index_select(0, index), *view.parameters[0])
+                crops.append(x if x.dtype == torch.float32 else x / 255)
+            yield plan, crops
+
+
+@dataclass
+class ImageFiles(ImageSet):
+    """Image files of any sizes, which processes read ahead of use, each time they are needed."""
+
+    paths: np.ndarray
+    labels: Tensor
+    classes: Sequence[str] = ()
+    fingerprint: str = ""
+    device: torch.device | None = None  # where the crops are wanted
+    workers: int = 1
+    waited: float = 0.0
+
+    def first(self) -> Tensor:
         try:
-            for step in steps:
-                wrong, self.waited = "", self.waited - time.monotonic()
-                try:
-                    views = next(loader)
-                except (OSError, RuntimeError) as error:  # a worker's: its last line says it
-                    wrong = str(error).strip().splitlines()[-1].removeprefix("OSError: ")
-                    wrong += ": take fewer --workers" * isinstance(error, RuntimeError)
-                self.waited += time.monotonic()
-                if processes > 1 and not cuda:  # there it would wait for the device
-                    wrong = max(gather_object([wrong]))
-                if wrong:
-                    fail(wrong, alone=cuda)
-                views = [v.to(self.device, non_blocking=cuda).float().div_(255) for v in views]
-                yield *plan(step), views
-        finally:
-            end()
-            atexit.unregister(end)
+            return read_image(self.paths[0])
+        except OSError as error:
+            fail(str(error))
+
+    def take(self, index: Tensor) -> "ImageFiles":
+        return replace(self, paths=self.paths[index.numpy()], labels=self.labels[index])
+
+    def load(self, plan_of, steps):
+        on_gpu = self.device.type == "cuda"
+        loader = DataLoader(
+            CropReader(self.paths, plan_of),
+            batch_size=None,
+            sampler=steps,
+            num_workers=max(0, min(self.workers, len(steps) - 1)),
+            pin_memory=on_gpu,
+            worker_init_fn=leave_interrupts_to_the_main_process,
+        )
+        reader = iter(loader)
+        for step in steps:
+            began = time.monotonic()
+            try:
+                crops, error = next(reader)
+            except RuntimeError:  # from torch, about a process that is gone
+                crops = []
+                error = (
+                    "a data-loading process was killed, probably out of memory: use fewer --workers"
+                )
+            self.waited += time.monotonic() - began
+            stop_on_any(error, self.device)
+            crops = [crop.to(self.device, non_blocking=on_gpu) for crop in crops]
+            yield plan_of(step), [crop.float().div_(255) for crop in crops]
 
 
-def _read_crops(paths: np.ndarray, recipes: Recipes, plan: Callable[[int], tuple],
-                step: int) -> list[Tensor]:
-    """A step's crops as uint8, each file decoded once for all its views."""
-    if torch.utils.data.get_worker_info():  # the script ends its workers, no signal does
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
-    index, drawn = plan(step)
-    n, crops = len(index), [(count, operations[0]) for count, operations in recipes]
-    views = [torch.empty(v * n, 3, c.size, c.size, dtype=torch.uint8) for v, c in crops]
-    for i, path in enumerate(paths[index.numpy()]):
-        image = read_image(path)
-        for (_, crop), (first, *_), out in zip(crops, drawn, views, strict=True):
-            out[i::n] = crop.cut(image, *(v[i::n] for v in first))
-    return views
+class CropReader(Dataset):
+    """Maps the number of a step to its crops as uint8, and "" or what went wrong."""
+
+    def __init__(self, paths: np.ndarray, plan_of: Callable[[int], StepPlan]) -> None:
+        self.paths = paths
+        self.plan_of = plan_of
+
+    def __getitem__(self, step: int) -> tuple[list[Tensor], str]:
+        plan = self.plan_of(step)
+        n = len(plan.index)
+        crops = []
+        for view in plan.views:
+            size = view.operations[0].size
+            crops.append(torch.empty(view.count * n, 3, size, size, dtype=torch.uint8))
+        try:
+            for i, path in enumerate(self.paths[plan.index.numpy()]):
+                image = read_image(path)  # once for all of its views
+                for view, out in zip(plan.views, crops, strict=True):
+                    rows = [values[i::n] for values in view.parameters[0]]
+                    out[i::n] = view.operations[0].cut(image, *rows)
+        except OSError as error:
+            # Raised here, it would reach the main process in a long traceback.
+            return [], str(error)
+        return crops, ""
+
+
+def leave_interrupts_to_the_main_process(_worker: int) -> None:
+    """Keep the processes that read files from printing tracebacks after Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def stop_on_any(error: str, device: torch.device) -> None:
+    """Fail if `error` is not empty, here or, on CPUs, on any process.
+
+    On CPUs all processes stop together. On GPUs, to ask the others would be to wait for the
+    device at every step; there one process fails, and the launcher ends the others.
+    """
+    on_gpu = device.type == "cuda"
+    if PartialState().num_processes > 1 and not on_gpu:
+        error = max(gather_object([error]))
+    if error:
+        fail(error, every_process=on_gpu)
 
 
 def read_image(path: str) -> Tensor:
-    """A file, turned as its EXIF says → RGB [3, H, W] uint8; OSError: a line with its name."""
+    """Read a file as RGB, turned as its EXIF data say.
+
+    Returns:
+        [3, H, W] uint8.
+
+    Raises:
+        OSError: if it cannot be read, with a line that names the file and what to do.
+    """
     try:
         with Image.open(str(path)) as image:
             if image.mode[0] in "IF":
-                raise ValueError("it has more than 8 bits a channel")
+                raise ValueError("it has more than 8 bits per channel")
             pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except Exception as error:  # Pillow raises nearly everything on a damaged file
+    except Exception as error:  # A damaged file can raise almost any exception.
         raise OSError(f"{path} cannot be read ({error}): mend or remove it") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def load_splits(data: str, root: str, limit: int | None, device: torch.device,
-                workers: int | None = None, stream: bool = False) -> tuple[ImageSet | None, ...]:
-    """Images to pretrain on (stl10: unlabelled, else the next), labelled training images and test
-    images: of a set by name, or a folder with train and val or test, which hold a folder a class,
-    or (the last two None) with images anywhere. limit: the first so many of a fixed shuffle, of
-    training images. Files of one size that fit into memory are read at once, unless `stream`.
-    fail() also where Accelerate runs one process of the several that were asked for."""
-    with suppress(OSError, AttributeError):  # a tenth of a step: glibc returns memory, asks anew
-        for option in ((-1, -1), (-4, 0)) if device.type == "cpu" else ():  # M_TRIM_..., M_MMAP_MAX
-            ctypes.CDLL("libc.so.6").mallopt(*option)
-    one_of_many = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ
-    if int(os.environ.get("WORLD_SIZE", 1 + one_of_many)) > PartialState().num_processes:
-        fail("Accelerate runs one process, not several; CPU: ACCELERATE_USE_CPU=true torchrun ...")
-    workers = workers or min(16, -(-os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    def load(split: str) -> ImageSet:
-        named = data in SETS
-        with PartialState().local_main_process_first() if named else nullcontext():
-            images, labels, classes = _named(data, split, root) if named else _folder(data, split)
-        found = ImageSet(images, torch.as_tensor(labels).long(), classes, "", device, workers)
-        if limit and split != "test":
-            found = found.take(torch.randperm(len(found), generator=generator(0))[:limit])
-        found.fingerprint = f"{len(found)} images"
-        if not named:
-            names = os.fsencode("\n".join(found.images))
-            found.fingerprint += f" ({hashlib.sha256(names).hexdigest()[:8]})"
-            found.images = _decode(found.images, workers, stream)
-        if named or isinstance(found.images, Tensor):
-            found.images = torch.as_tensor(found.images).to(device)
-        return found
-    if data not in SETS and not any(Path(data, name).is_dir() for name in ("train", "val", "test")):
+def load_splits(
+    data: str,
+    root: str,
+    limit: int | None,
+    device: torch.device,
+    workers: int | None = None,
+    stream: bool = False,
+) -> tuple[ImageSet, ImageSet | None, ImageSet | None]:
+    """Load the images of --data.
+
+    Args:
+        data: a name of SETS, or a folder: with train/ and val/ or test/, which hold one folder
+            per class, or with images anywhere in it, which then have no classes.
+        root: where torchvision's data sets are, or are downloaded to.
+        limit: keep the first so many training images of a fixed shuffle.
+        device: where the images are kept.
+        workers: processes (or threads) that read files; by default one per core, at most 16.
+        stream: read files whenever they are needed. Otherwise files of one size that fit into
+            MEMORY_LIMIT are read at once.
+
+    Returns:
+        The images to pretrain on, the labelled training images, which are the same except for
+        stl10, and the test images; the latter two are None where there are no classes.
+
+    Raises:
+        SystemExit: with one line, if there is no such data or a file cannot be read.
+    """
+    if workers is None:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = min(16, math.ceil(os.cpu_count() / processes))
+    load = partial(_load_split, data, root, limit, device, workers, stream)
+    splits = [Path(data, name) for name in ("train", "val", "test")]
+    if data not in SETS and not any(split.is_dir() for split in splits):
         return load("all"), None, None
     bank = load("train")
-    return load("unlabeled") if data == "stl10" else bank, bank, load("test")
+    images = load("unlabeled") if data == "stl10" else bank
+    return images, bank, load("test")
 
 
-def _named(name: str, split: str, root: str) -> tuple[np.ndarray, Sequence[int], Sequence[str]]:
+def _load_split(
+    data: str,
+    root: str,
+    limit: int | None,
+    device: torch.device,
+    workers: int,
+    stream: bool,
+    split: str,
+) -> ImageSet:
+    """One split of load_splits: "train", "unlabeled", "test" or "all"."""
+    if data in SETS:
+        with PartialState().local_main_process_first():  # so that only one process downloads
+            source, labels, classes = _read_named_set(data, split, root)
+    else:
+        source, labels, classes = _list_folder(data, split)
+    labels = torch.as_tensor(labels).long()
+    if limit and split != "test":
+        chosen = torch.randperm(len(labels), generator=generator(0))[:limit]
+        source, labels = source[chosen.numpy()], labels[chosen]
+    fingerprint = f"{len(labels)} images"
+
+    if data in SETS:
+        pixels = torch.as_tensor(source)
+    else:
+        names = os.fsencode("\n".join(source))
+        fingerprint += f" ({hashlib.sha256(names).hexdigest()[:8]})"
+        pixels = None if stream else _decode(source, workers)
+    if pixels is None:
+        return ImageFiles(source, labels, classes, fingerprint, device, workers)
+    return ImagesInMemory(pixels.to(device), labels, classes, fingerprint)
+
+
+def _read_named_set(
+    name: str, split: str, root: str
+) -> tuple[np.ndarray, Sequence[int], Sequence[str]]:
+    """The pixels [N, C, H, W], labels and class names of a data set of torchvision."""
     kind = getattr(torchvision.datasets, SETS[name])
     try:
         if name == "fashion-mini":
-            with np.load(Path(__file__).resolve().parent / "data" / "fashion-mini.npz") as file:
+            bundled = Path(__file__).resolve().parent / "data" / "fashion-mini.npz"
+            with np.load(bundled) as file:
                 return file[f"{split}_images"][:, None], file[f"{split}_labels"], kind.classes
         images = kind(root, split if name == "stl10" else split == "train", download=True)
-    except Exception as error:  # of the network, or of damaged files
-        fail(f"{name} is neither here nor to be downloaded ({str(error) or repr(error):.300}): "
-             f"copy its files, or take another --data: {', '.join(SETS)} or a folder")
-    pixels, labels = np.asarray(images.data), images.labels if name == "stl10" else images.targets
-    if name != "stl10":
-        pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
-    return pixels, labels, images.classes
+    except Exception as error:  # The network or a damaged file can raise almost any exception.
+        fail(
+            f"{name} was not found and could not be downloaded ({str(error) or repr(error):.300}): "
+            f"copy its files to where they belong, or use another --data: {', '.join(SETS)} or a "
+            "folder of images"
+        )
+    if name == "stl10":
+        return images.data, images.labels, images.classes
+    pixels = np.asarray(images.data)
+    pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
+    return pixels, images.targets, images.classes
 
 
-def _folder(data: str, split: str) -> tuple[np.ndarray, Sequence[int], Sequence[str]]:
+def _list_folder(data: str, split: str) -> tuple[np.ndarray, Sequence[int], Sequence[str]]:
+    """The paths, labels and class names of a folder of images."""
     if split == "all":
-        kinds = torchvision.datasets.folder.IMG_EXTENSIONS
-        files = [str(Path(path, name)) for path, _, names in os.walk(data, followlinks=True)
-                 if "config.json" not in names  # else it is a run, with pictures of its own
-                 for name in names if name.lower().endswith(kinds)]
+        files = _find_images(data)
         if not files:
             fail(f"--data {data} is neither one of {', '.join(SETS)} nor a folder with images")
-        return np.array(sorted(files)), [-1] * len(files), ()
-    parts = [p for p in (Path(data, name) for name in ("train", "val", "test")) if p.is_dir()]
+        return np.array(files), [-1] * len(files), ()
+
+    parts = [Path(data, name) for name in ("train", "val", "test")]
+    parts = [part for part in parts if part.is_dir()]
     if len(parts) < 2 or parts[0].name != "train":
-        fail(f"--data {data} needs a folder train and a folder val or test, which hold a folder a "
-             "class (or none of the three, to train on images without classes)")
+        fail(
+            f"--data {data} must have a folder train and a folder val or test, each with one "
+            "folder per class (or none of the three, to train on images without classes)"
+        )
     try:
         train, test = (torchvision.datasets.ImageFolder(part) for part in parts[:2])
-    except OSError as error:  # no class folder, or one without an image: it says which
+    except OSError as error:  # no class folders, or one without images: the message says which
         fail(str(error).splitlines()[0])
-    if odd := sorted({*train.classes} ^ {*test.classes}):
-        fail(f"{data}: these class folders are not in both splits: {', '.join(odd[:10])}")
+    different = sorted({*train.classes} ^ {*test.classes})
+    if different:
+        fail(f"{data}: these class folders are not in both splits: {', '.join(different[:10])}")
     images = test if split == "test" else train
     return np.array([path for path, _ in images.samples]), images.targets, images.classes
 
 
-def _decode(paths: np.ndarray, workers: int, stream: bool) -> Tensor | np.ndarray:
-    """[N, 3, H, W] uint8; or the paths: to be streamed, of several sizes, or too many."""
+def _find_images(folder: str) -> list[str]:
+    """All images below a folder, in order, but for the pictures that a run has left there."""
+    suffixes = torchvision.datasets.folder.IMG_EXTENSIONS
+    files = []
+    for path, _, names in os.walk(folder, followlinks=True):
+        if "config.json" not in names:
+            files += [str(Path(path, name)) for name in names if name.lower().endswith(suffixes)]
+    return sorted(files)
+
+
+def _decode(paths: np.ndarray, workers: int) -> Tensor | None:
+    """All files as [N, 3, H, W] uint8, or None if they differ in size or are too many."""
     pool = ThreadPoolExecutor(workers)
     try:
         first = read_image(paths[0])
-        if stream or len(paths) * first.numel() > MEMORY_LIMIT:
-            return paths
+        if len(paths) * first.numel() > MEMORY_LIMIT:
+            return None
         pixels = torch.empty(len(paths), *first.shape, dtype=torch.uint8)
-        images, quiet = pool.map(read_image, paths), not sys.stderr.isatty()
-        for i, image in enumerate(tqdm(images, "decoding", len(paths), disable=quiet)):
+        images = pool.map(read_image, paths)
+        for i, image in enumerate(progress(images, "reading images", len(paths))):
             if image.shape != first.shape:
-                return paths
+                return None
             pixels[i] = image
         return pixels
     except OSError as error:
@@ -392,209 +852,547 @@ def _decode(paths: np.ndarray, workers: int, stream: bool) -> Tensor | np.ndarra
         pool.shutdown(cancel_futures=True)
 
 
-def draw(images: int, recipes: Recipes, B: int, seed: int, rows: Tensor,
-         step: int) -> tuple[Tensor, list[list[list[Tensor]]]]:
-    """A step's index [B] and, by recipe and operation, parameters: rows [B] of the whole batch."""
-    epoch, i = divmod(step, images // B)
+@lru_cache(maxsize=2)
+def epoch_order(images: int, seed: int, epoch: int) -> Tensor:
+    """The order [images] in which an epoch goes through the images."""
+    return torch.randperm(images, generator=generator(seed, epoch))
+
+
+def draw_plan(
+    images: int, recipes: Recipes, batch_size: int, seed: int, rows: Tensor, step: int
+) -> StepPlan:
+    """Draw what a step of training shows, as a function of the seed, the epoch and the step.
+
+    Args:
+        images: how many there are.
+        recipes: pairs of a number of views and their operations.
+        batch_size: images a step, over all processes. All of it is drawn.
+        rows: [B] the part of the batch that is wanted.
+        step: counted from the start of the run.
+    """
+    epoch, i = divmod(step, images // batch_size)
     rng = generator(seed, epoch, i)
-    drawn = [[[v.unflatten(0, (V, B))[:, rows].flatten(0, 1) for v in operation.draw(V * B, rng)]
-              for operation in operations] for V, operations in recipes]
-    return shuffled(images, seed, epoch)[i * B + rows], drawn
+    views = []
+    for count, operations in recipes:
+        parameters = []
+        for operation in operations:
+            drawn = operation.draw(count * batch_size, rng)
+            drawn = [values.unflatten(0, (count, batch_size))[:, rows] for values in drawn]
+            parameters.append(tuple(values.flatten(0, 1) for values in drawn))
+        views.append(ViewPlan(count, operations, parameters))
+    order = epoch_order(images, seed, epoch)
+    return StepPlan(order[i * batch_size + rows], views)
 
 
-def batches(data: ImageSet, recipes: Recipes, batch_size: int, seed: int, start: int,
-            stop: int) -> Iterator[tuple[int, Tensor, list[Tensor]]]:
-    """The steps `start` to `stop` - 1 of a training run: this process's rows of shuffled batches
-    of batch_size over all processes; an epoch's smaller last one is left out. Yields the step, the
-    images' index [B] and by recipe [V, B, 3, size, size], drawn from (seed, epoch, step)."""
-    state, steps = PartialState(), range(start, stop)
+def center_plan(index: Tensor, size: int) -> StepPlan:
+    """A plan that shows the middle of each of the images `index` [B], without randomness."""
+    return StepPlan(index, [ViewPlan(1, [CenterCrop(size)], [()])])
+
+
+def batches(
+    images: ImageSet, recipes: Recipes, batch_size: int, seed: int, start: int, stop: int
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """The views of the steps `start` to `stop` - 1 of a training run.
+
+    Every epoch goes through all images in an order of its own; the rest that does not fill a
+    batch is left out. Each of P processes gets its own rows of every batch.
+
+    Args:
+        images: the images to train on.
+        recipes: pairs of a number of views and their operations, of which the first is a crop.
+        batch_size: images a step, over all processes.
+        seed: of everything that is drawn.
+        start, stop: the first step, and the one after the last.
+
+    Yields:
+        index [B] of the images, with B = batch_size / P, and for each recipe the views
+        [count, B, 3, size, size], float32 in 0..1.
+    """
+    state = PartialState()
     rows = torch.arange(batch_size).chunk(state.num_processes)[state.process_index]
-    plan = partial(draw, len(data), recipes, batch_size, seed, rows)
-    for step, (index, drawn, views) in zip(steps, data.load(recipes, plan, steps), strict=True):
-        for i, (count, operations) in enumerate(recipes):
-            for operation, parameters in zip(operations[1:], drawn[i][1:], strict=True):
-                views[i] = operation(views[i], *parameters)
-            views[i] = views[i].expand(-1, 3, -1, -1).unflatten(0, (count, -1))
-        yield step, index, views
+    plan_of = partial(draw_plan, len(images), recipes, batch_size, seed, rows)
+    for plan, crops in images.load(plan_of, range(start, stop)):
+        views = []
+        for view, x in zip(plan.views, crops, strict=True):
+            for operation, parameters in zip(view.operations[1:], view.parameters[1:], strict=True):
+                x = operation(x, *parameters)
+            views.append(x.expand(-1, 3, -1, -1).unflatten(0, (view.count, -1)))
+        yield plan.index, views
 
-# --------------------------------------------------------------------------------------- encoders
-def build_encoder(architecture: str, stem: str = "7x7") -> nn.Module:
-    """[B, 3, H, W] → h [B, encoder.width]: a ResNet with torchvision's names, its stem "7x7" or
-    "3x3" without max-pooling (SimCLR, B.9), or "small", five convolutions."""
+
+# --------------------------------------------------------------------------------------
+# Encoders
+# --------------------------------------------------------------------------------------
+
+
+def build_encoder(
+    architecture: str, stem: str = "7x7", norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d
+) -> nn.Module:
+    """A new encoder, x [B, 3, H, W] -> h [B, encoder.width].
+
+    Args:
+        architecture: "small", five convolutions, or a ResNet under torchvision's names.
+        stem: of a ResNet; "3x3" is the one for small images, without max-pooling (SimCLR, B.9).
+        norm_layer: makes a normalization layer for a number of channels.
+    """
     if architecture == "small":
-        w = (3, 32, 32, 64, 128, 256)
-        layers = [torchvision.ops.Conv2dNormActivation(*w[i:i + 2], 3, 2 - i % 2) for i in range(5)]
+        channels = (3, 32, 32, 64, 128, 256)
+        layers = []
+        for i in range(5):
+            stride = 2 if i % 2 == 0 else 1
+            layers.append(
+                torchvision.ops.Conv2dNormActivation(
+                    channels[i], channels[i + 1], 3, stride, norm_layer=norm_layer
+                )
+            )
         encoder = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        encoder.width = w[-1]
+        encoder.width = channels[-1]
         return encoder
-    encoder = torchvision.models.get_model(architecture)
+
+    encoder = torchvision.models.get_model(architecture, norm_layer=norm_layer)
     if stem == "3x3":
         encoder.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
         encoder.maxpool = nn.Identity()
-    encoder.width, encoder.fc = encoder.fc.in_features, nn.Identity()
+    encoder.width = encoder.fc.in_features
+    encoder.fc = nn.Identity()
     return encoder
 
 
 def save_encoder(path: str | Path, encoder: nn.Module, **metadata: object) -> None:
-    """Weights as safetensors under torchvision's names, with the metadata as strings."""
-    weights = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
-    with written_aside(path) as aside:
-        safetensors.torch.save_file(weights, aside, {k: str(v) for k, v in metadata.items()})
+    """Write the weights under torchvision's names as safetensors, with metadata as strings."""
+    weights = {
+        name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()
+    }
+    with atomic_write(path) as file:
+        safetensors.torch.save_file(
+            weights, file, {name: str(value) for name, value in metadata.items()}
+        )
 
 
-def load_encoder(path: str | Path, **expected: str) -> tuple[nn.Module, dict[str, str]]:
-    """The encoder of save_encoder's file, and its metadata; another, or unexpected: fail()."""
+def load_encoder(
+    path: str | Path, norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d, **expected: str
+) -> tuple[nn.Module, dict[str, str]]:
+    """The encoder of a file of `save_encoder`, and its metadata.
+
+    Raises:
+        SystemExit: with one line, if it is no such file, or its metadata are not as expected.
+    """
     try:
         metadata = safetensors.safe_open(path, "pt").metadata() or {}
-        encoder = build_encoder(metadata["architecture"], metadata["stem"])
+        encoder = build_encoder(metadata["architecture"], metadata["stem"], norm_layer)
         encoder.load_state_dict(safetensors.torch.load_file(path))
-    except Exception as error:  # a foreign file leads to nearly everything
-        fail(f"{path} is no encoder.safetensors of these scripts ({error!r:.200})")
+    except Exception as error:  # A foreign file can raise almost any exception.
+        fail(f"{path} is not an encoder.safetensors of these scripts ({error!r:.200})")
     if not expected.items() <= metadata.items():
-        fail(f"{path}: take --arch {metadata['architecture']} --stem {metadata['stem']}")
+        fail(
+            f"{path} holds another encoder: "
+            f"use --arch {metadata['architecture']} --stem {metadata['stem']}"
+        )
     return encoder, metadata
 
 
 @torch.no_grad()
-def extract_features(encoder: nn.Module, data: ImageSet, size: int, batch: int = 256) -> Tensor:
-    """h [N, D] float32 of the images' centres, by the encoder in eval mode, on all processes."""
-    state, training = PartialState(), encoder.training
-    share = -(-len(data) // state.num_processes)
-    index = (state.process_index * share + torch.arange(share)).clamp(max=len(data) - 1)
-    plan = [(i, [[()]]) for i in index.split(batch)]
-    x = data.load([(1, [CentreCrop(size)])], plan.__getitem__, range(len(plan)))
-    bar = tqdm(x, "features", len(plan), leave=False, disable=not sys.stderr.isatty())
-    broadcast([*encoder.eval().buffers()])  # on CPUs each process has BN statistics of its own
-    h = [encoder(v.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)).float()
-         for _, _, (v,) in bar]
-    encoder.train(training)
-    return gather(torch.cat(h))[: len(data)]  # without what the last process repeated
+def extract_features(encoder: nn.Module, images: ImageSet, size: int, batch: int = 256) -> Tensor:
+    """The features of the images' middle squares, by the encoder in eval mode.
 
-# ------------------------------------------------------------------------------------- evaluation
+    The work is shared by all processes, which all get the result.
+
+    Args:
+        encoder: x [B, 3, size, size] -> h [B, D].
+        images: N of them.
+        size: their side in pixels.
+        batch: images in one forward pass.
+
+    Returns:
+        h [N, D], float32, on the device.
+    """
+    state, training = PartialState(), encoder.training
+    share = math.ceil(len(images) / state.num_processes)
+    index = state.process_index * share + torch.arange(share)
+    parts = index.clamp(max=len(images) - 1).split(batch)
+
+    # On CPUs every process has running averages of its own: those of the first one count.
+    broadcast([*encoder.eval().buffers()])
+    loaded = images.load(lambda i: center_plan(parts[i], size), range(len(parts)))
+    h = []
+    for _, (x,) in progress(loaded, "features", len(parts)):
+        x = x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+        h.append(encoder(x).float())
+    encoder.train(training)
+    return gather(torch.cat(h))[: len(images)]  # without what the last process repeated
+
+
+# --------------------------------------------------------------------------------------
+# Evaluation
+# --------------------------------------------------------------------------------------
+
+
 @torch.no_grad()
-def knn_predict(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int, temperature: float,
-                num_classes: int | None = None) -> Tensor:
-    """Weighted k nearest neighbours by cosine (Wu et al. 2018, §3.4): bank [M, D] and queries
-    [Q, D] (normalised here, in chunks), bank_labels [M] → [Q, num_classes]: exp(cosine /
-    temperature) summed over the k nearest, rows scaled to 1. ValueError: no such k."""
+def knn_predict(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    k: int,
+    temperature: float,
+    num_classes: int | None = None,
+) -> Tensor:
+    """Weighted k nearest neighbors by cosine similarity (Wu et al. 2018, section 3.4).
+
+    Args:
+        bank, queries: features [M, D] and [Q, D]; they are normalized here.
+        bank_labels: [M].
+        k: how many neighbors vote.
+        temperature: a neighbor's vote is exp(cosine / temperature).
+        num_classes: by default one more than the largest label.
+
+    Returns:
+        [Q, num_classes]: the votes for each class, as shares of all votes.
+
+    Raises:
+        ValueError: if there are no k rows in the bank.
+    """
     if not 1 <= k <= len(bank):
         raise ValueError(f"k = {k} does not fit a bank of {len(bank)}")
     num_classes = num_classes or int(bank_labels.max()) + 1
-    bank_labels, lengths, scores = bank_labels.to(bank.device), bank.norm(dim=1).clamp(1e-12), []
-    for q in F.normalize(queries, dim=1).split(max(1, 2**28 // len(bank))):  # 1 GiB of cosines
-        cosine, i = (q @ bank.T).div_(lengths).topk(k, dim=1)
-        weight = (cosine / temperature).softmax(1)
-        scores.append(q.new_zeros(len(q), num_classes).scatter_add_(1, bank_labels[i], weight))
+    bank_labels = bank_labels.to(bank.device)
+    lengths = bank.norm(dim=1).clamp(1e-12)
+    at_once = max(1, 2**28 // len(bank))  # 1 GiB of cosines
+    scores = []
+    for q in F.normalize(queries, dim=1).split(at_once):
+        cosine, neighbors = (q @ bank.T).div_(lengths).topk(k, dim=1)
+        votes = (cosine / temperature).softmax(1)
+        empty = q.new_zeros(len(q), num_classes)
+        scores.append(empty.scatter_add_(1, bank_labels[neighbors], votes))
     return torch.cat(scores)
 
 
-def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, classes: int, seed: int = 0,
-                 epochs: int = 20) -> tuple[Tensor, dict[str, float]]:
-    """Logistic regression on fixed features: x [N, D], y [N], x_test [M, D] → logits [M, classes]
-    and the chosen rate and decay: of a grid trained side by side, the best on a held-out tenth of
-    each class, then on all. Features are standardised, over sqrt(D): so one grid suits all."""
-    rng, y = generator(seed), y.to(x.device)
+def probe_losses(W: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses, and whether the largest logit is right, of G linear classifiers.
+
+    Args:
+        W: [D, G, C] weights of the classifiers.
+        x, y: features [n, D] and labels [n].
+
+    Returns:
+        Cross-entropy [n, G], and correct [n, G], bool.
+    """
+    logits = (x @ W.flatten(1)).unflatten(1, W.shape[1:]).transpose(1, 2)  # [n, C, G]
+    target = y[:, None].expand(-1, W.shape[1])
+    loss = F.cross_entropy(logits, target, reduction="none")
+    return loss, logits.argmax(1) == target
+
+
+def train_probes(
+    x: Tensor,
+    y: Tensor,
+    classes: int,
+    grid: Sequence[tuple[float, float]],
+    epochs: int,
+    rng: torch.Generator,
+) -> Tensor:
+    """Train a linear classifier for each cell of a grid, side by side.
+
+    Args:
+        x, y: features [N, D] and labels [N].
+        classes: how many there are, C.
+        grid: pairs of a learning rate and a weight decay.
+        epochs: at least so many passes; more if there are few images, for 400 steps.
+        rng: of the order of the images.
+
+    Returns:
+        [D, len(grid), C] weights.
+    """
+    n, batch = len(x), min(256, len(x))
+    rate, decay = torch.tensor(grid, device=x.device).T
+    W = torch.zeros(x.shape[1], len(grid), classes, device=x.device, requires_grad=True)
+    optimizer = torch.optim.SGD([W], momentum=0.9, nesterov=True)
+
+    passes = max(epochs, 400 * batch // n)
+    order = [torch.randperm(n, generator=rng)[: n // batch * batch] for _ in range(passes)]
+    steps = torch.cat(order).split(batch)
+    for step, i in enumerate(steps):
+        loss = probe_losses(W, x[i], y[i])[0].mean(0) + 0.5 * decay * W.square().sum((0, 2))
+        # One optimizer serves all cells: a cell's own rate multiplies its loss, hence its gradient.
+        optimizer.param_groups[0]["lr"] = 0.5 + 0.5 * math.cos(math.pi * step / len(steps))
+        optimizer.zero_grad()
+        (rate * loss).sum().backward()
+        optimizer.step()
+    return W.detach()
+
+
+def linear_probe(
+    x: Tensor, y: Tensor, x_test: Tensor, classes: int, seed: int = 0, epochs: int = 20
+) -> tuple[Tensor, dict[str, float]]:
+    """Logistic regression on fixed features.
+
+    A grid of learning rates and weight decays is trained on nine tenths of each class. The cell
+    that is best on the held-out tenth is trained again on all, and predicts the test images.
+    Features are standardized and divided by sqrt(D), so that one grid suits all encoders.
+
+    Args:
+        x, y: training features [N, D] and labels [N].
+        x_test: test features [M, D].
+        classes: how many there are, C.
+        seed: of the held-out part and the order of the images.
+        epochs: passes over the images, at least.
+
+    Returns:
+        Logits [M, C], and the chosen "lr" and "weight_decay" with the accuracy "held-out", in
+        percent.
+    """
+    rng = generator(seed)
+    y = y.to(x.device)
     mean, scale = x.mean(0), (x.std(0) + 1e-6) * x.shape[1] ** 0.5
-    x, x_test = (F.pad((v - mean) / scale, (0, 1), value=1) for v in (x, x_test))  # 1: the bias
-    def losses(i: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:  # [n], [D + 1, G, C] → [n, G] each
-        logits = (x[i] @ W.flatten(1)).unflatten(1, W.shape[1:]).transpose(1, 2)
-        target = y[i, None].expand(-1, W.shape[1])
-        return F.cross_entropy(logits, target, reduction="none"), logits.argmax(1) == target
-    def train(index: Tensor, grid: Sequence[tuple[float, float]]) -> Tensor:
-        n, batch = len(index), min(256, len(index))
-        rate, decay = torch.tensor(grid, device=x.device).T
-        W = torch.zeros(x.shape[1], len(grid), classes, device=x.device, requires_grad=True)
-        optimizer = torch.optim.SGD([W], momentum=0.9, nesterov=True)
-        passes = range(max(epochs, 400 * batch // n))
-        order = [torch.randperm(n, generator=rng)[: n // batch * batch] for _ in passes]
-        order = index[torch.cat(order)].split(batch)
-        for step, i in enumerate(order):
-            # A cell's rate multiplies its loss and so its gradient: one optimiser trains them all.
-            loss = losses(i, W)[0].mean(0) + 0.5 * decay * W.square().sum((0, 2))
-            optimizer.param_groups[0]["lr"] = 0.5 + 0.5 * math.cos(math.pi * step / len(order))
-            optimizer.zero_grad()
-            (rate * loss).sum().backward()
-            optimizer.step()
-        return W.detach()
+    x, x_test = (x - mean) / scale, (x_test - mean) / scale
+    x, x_test = F.pad(x, (0, 1), value=1), F.pad(x_test, (0, 1), value=1)  # for the bias
+
+    # Sorted by class, every tenth image is a fair tenth.
     order = torch.randperm(len(x), generator=rng)
-    order = order[y.cpu()[order].argsort(stable=True)]  # by class: every tenth is a fair tenth
-    grid = [(lr, decay) for lr in (1.0, 3.0, 10.0, 30.0, 100.0) for decay in (0.0, 1e-5, 1e-4)]
-    W = train(order[torch.arange(len(x)) % 10 > 0], grid)
-    parts = [losses(i, W) for i in order[::10].split(4096)]
-    loss, hits = (torch.cat(part).float().mean(0) for part in zip(*parts, strict=True))
-    lr, weight_decay = grid[int((hits - 1e-6 * loss).argmax())]  # the loss breaks ties
-    logits = x_test @ train(order, [(lr, weight_decay)])[:, 0]
-    return logits, {"lr": lr, "weight_decay": weight_decay, "held-out": 100 * hits.max().item()}
+    order = order[y.cpu()[order].argsort(stable=True)]
+    train, held_out = order[torch.arange(len(x)) % 10 > 0], order[::10]
+
+    rates, decays = (1.0, 3.0, 10.0, 30.0, 100.0), (0.0, 1e-5, 1e-4)
+    grid = [(rate, decay) for rate in rates for decay in decays]
+    W = train_probes(x[train], y[train], classes, grid, epochs, rng)
+    parts = [probe_losses(W, x[i], y[i]) for i in held_out.split(4096)]
+    loss = torch.cat([loss for loss, _ in parts]).mean(0)
+    correct = torch.cat([correct for _, correct in parts]).float().mean(0)
+    best = int((correct - 1e-6 * loss).argmax())  # the loss breaks ties
+
+    W = train_probes(x[order], y[order], classes, [grid[best]], epochs, rng)
+    lr, weight_decay = grid[best]
+    chosen = {"lr": lr, "weight_decay": weight_decay, "held-out": 100 * correct.max().item()}
+    return x_test @ W[:, 0], chosen
 
 
 def accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
-    """Percent of the scores [N, C] whose k largest hold the label."""
+    """Percent of the rows of scores [N, C] whose k largest entries hold the label."""
     top = scores.topk(min(k, scores.shape[1]), dim=1).indices
     return 100 * (top == labels.to(top.device)[:, None]).any(1).float().mean().item()
 
 
-def some_of_each(labels: Tensor, n: float, rng: torch.Generator) -> Tensor:
-    """Indices of n random images of each class, or (below 1) of that share of them."""
+def draw_per_class(labels: Tensor, n: float, rng: torch.Generator) -> Tensor:
+    """The indices of n random images of each class or, if n is below 1, of that share of each."""
     order = torch.randperm(len(labels), generator=rng)
-    order = order[labels[order].argsort(stable=True)].split(labels.bincount().tolist())
-    return torch.cat([part[: int(n) if n >= 1 else max(1, round(n * len(part)))] for part in order])
+    order = order[labels[order].argsort(stable=True)]
+    chosen = []
+    for part in order.split(labels.bincount().tolist()):
+        count = int(n) if n >= 1 else max(1, round(n * len(part)))
+        chosen.append(part[:count])
+    return torch.cat(chosen)
 
 
 def knn_accuracy(encoder: nn.Module, bank: ImageSet, test: ImageSet, size: int) -> float:
-    """Percent of the test images whose class the bank tells by kNN (k 20 or the bank, T .07)."""
-    h, h_test = (extract_features(encoder, images, size) for images in (bank, test))
-    return accuracy(knn_predict(h, bank.labels, h_test, min(20, len(bank)), 0.07), test.labels)
+    """kNN accuracy on the test images, in percent (k = 20 or the whole bank, T = 0.07)."""
+    h, h_test = extract_features(encoder, bank, size), extract_features(encoder, test, size)
+    scores = knn_predict(h, bank.labels, h_test, min(20, len(bank)), 0.07)
+    return accuracy(scores, test.labels)
 
 
-def compare(encoder: nn.Module, about: dict, bank: ImageSet, test: ImageSet, seed: int) -> list:
-    """Test accuracies in percent of the encoder, the same untrained, and pixels: kNN (k 20, T .07)
-    and linear probe, with all labels and, where there are as many, 10 a class (mean of 5 draws)."""
+def compare_features(
+    encoder: nn.Module, about: dict, bank: ImageSet, test: ImageSet, seed: int
+) -> list[dict]:
+    """Test accuracies of an encoder, of the same encoder untrained, and of raw pixels.
+
+    Returns:
+        A row for each, with the accuracies in percent of kNN (k = 20, T = 0.07) and of a linear
+        probe, with all labels and, if there are as many, with 10 per class (mean of 5 draws).
+    """
     torch.manual_seed(seed)
-    random = build_encoder(about["architecture"], about["stem"]).to(PartialState().device)
-    encoders = {about["method"]: encoder, "random": random, "raw pixels": nn.Flatten()}
-    size, y, sets = about["image_size"], bank.labels, {"": [torch.arange(len(bank))]}
-    if y.bincount().min() >= 10:
-        sets[" (10 a class)"] = [some_of_each(y, 10, generator(seed, i)) for i in range(5)]
+    untrained = build_encoder(about["architecture"], about["stem"]).to(PartialState().device)
+    encoders = {about["method"]: encoder, "random": untrained, "raw pixels": nn.Flatten()}
+    labels, size = bank.labels, about["image_size"]
+    subsets = {"": [torch.arange(len(bank))]}
+    if labels.bincount().min() >= 10:
+        draws = [draw_per_class(labels, 10, generator(seed, i)) for i in range(5)]
+        subsets[" (10 a class)"] = draws
+
+    classes = int(labels.max()) + 1
+    probes = len(encoders) * sum(len(draws) for draws in subsets.values())
+    bar = progress(range(probes), "evaluation")
     rows = []
-    for features, encoder in encoders.items():
-        x, x_test = (extract_features(encoder, images, size) for images in (bank, test))
-        rows.append({"features": features})
-        for name, indices in sets.items():
+    for features, network in encoders.items():
+        x, x_test = extract_features(network, bank, size), extract_features(network, test, size)
+        row = {"features": features}
+        for name, draws in subsets.items():
             hits = torch.zeros(2)
-            for i in indices:
-                scores = knn_predict(x[i], y[i], x_test, min(20, len(i)), 0.07, int(y.max()) + 1)
-                logits, _ = linear_probe(x[i], y[i], x_test, int(y.max()) + 1, seed)
-                hits += torch.tensor([accuracy(v, test.labels) for v in (scores, logits)])
-            rows[-1][f"kNN{name}"], rows[-1][f"linear{name}"] = (hits / len(indices)).tolist()
+            for i in draws:
+                votes = knn_predict(x[i], labels[i], x_test, min(20, len(i)), 0.07, classes)
+                logits, _ = linear_probe(x[i], labels[i], x_test, classes, seed)
+                hits += torch.tensor([accuracy(v, test.labels) for v in (votes, logits)])
+                bar.update()
+            row[f"kNN{name}"], row[f"linear{name}"] = (hits / len(draws)).tolist()
+        rows.append(row)
+    bar.close()
     return rows
 
 
-def finish(out: Path, encoder: nn.Module, about: dict, bank: ImageSet | None,
-           test: ImageSet | None, seed: int, last: dict) -> None:
-    """The end of a run, whose last row is `last`: its table, printed and as results.json, and
-    encoder.safetensors with `about`: method, architecture, stem, image_size, data."""
+def finish(
+    out: Path,
+    encoder: nn.Module,
+    about: dict,
+    bank: ImageSet | None,
+    test: ImageSet | None,
+    seed: int,
+    last: dict,
+) -> None:
+    """End a run: evaluate, write encoder.safetensors and results.json, and print the table.
+
+    Args:
+        out: the folder of the run.
+        encoder: the trained encoder.
+        about: its method, architecture, stem, image_size and data: the metadata of the file.
+        bank, test: labelled images, or None. Views above 64 pixels are not evaluated here, since
+            that would take longer than many a run; linear_eval.py does it.
+        seed: of the evaluation.
+        last: the last row of the metrics.
+    """
     rows = [{"features": about["method"], "loss": last["loss"], "kNN": last.get("knn", "-")}]
     if bank and about["image_size"] <= 64:
-        rows = compare(encoder, about, bank, test, seed)
-    PartialState().print(f"test accuracy in percent:\n{table(rows)}\n"
-                         f"more: python linear_eval.py {out}/encoder.safetensors")
+        PartialState().print(
+            "evaluating features by kNN and linear probes, with all and few labels"
+        )
+        rows = compare_features(encoder, about, bank, test, seed)
     if PartialState().is_main_process:
-        save_encoder(out / "encoder.safetensors", encoder, **about)
-        with written_aside(out / "results.json") as aside:
-            aside.write_text(json.dumps(rows, indent=1))
+        try:
+            save_encoder(out / "encoder.safetensors", encoder, **about)
+        except OSError as error:
+            fail(f"{out} cannot be written ({error}): free some space and repeat the command")
+        write_json(out / "results.json", rows)
+    PartialState().print(
+        f"test accuracy in percent:\n{format_table(rows)}\n"
+        f"more: python linear_eval.py {out}/encoder.safetensors"
+    )
 
 
-def table(rows: Sequence[dict]) -> str:
+def print_results(out: Path) -> None:
+    """Show the table of a run that is finished."""
+    rows = read_json(out / "results.json")
+    PartialState().print(f"{out} is finished:\n{format_table(rows)}")
+
+
+def principal_axes(x: Tensor, count: int, seed: int) -> Tensor:
+    """The first principal axes of x [N, D]: [D, count]."""
+    torch.manual_seed(seed)  # pca_lowrank draws random numbers
+    return torch.pca_lowrank(x, min(max(6, count), *x.shape), niter=9)[2][:, :count]
+
+
+# --------------------------------------------------------------------------------------
+# Console and pictures
+# --------------------------------------------------------------------------------------
+
+# The columns that a run prints: the keys of its metrics, and their names.
+COLUMN_NAMES = {"knn": "kNN", "images_per_s": "images/s", "minutes_left": "time left"}
+
+
+def progress(steps: Iterable, description: str, total: int | None = None) -> tqdm:
+    """`steps` with a progress bar, on the terminal of the main process."""
+    return tqdm(steps, desc=description, total=total, leave=False, disable=not sys.stderr.isatty())
+
+
+def spread(z: Tensor) -> float:
+    """How far embeddings z [N, D] fill the sphere: about 1 if they do, 0 if all are equal.
+
+    It is the standard deviation over the batch, by dimension, times the square root of D.
+    """
+    return F.normalize(z.detach(), dim=1).std(0).mean().item() * z.shape[1] ** 0.5
+
+
+def format_duration(minutes: float) -> str:
+    """A time such as 40s, 3m20s or 2h05m."""
+    seconds = round(60 * minutes)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02}m"
+
+
+def _columns(measures: Sequence[str]) -> list[str]:
+    return ["epoch", "loss", "chance", "spread", *measures, "images_per_s", "minutes_left"]
+
+
+def format_header(measures: Sequence[str]) -> str:
+    """The names of the columns of `format_row`."""
+    return "".join(f"{COLUMN_NAMES.get(key, key):>11}" for key in _columns(measures))
+
+
+def format_row(row: dict, measures: Sequence[str]) -> str:
+    """An epoch's metrics in columns; `measures` are blank in epochs that did not measure them."""
+    line = ""
+    for key in _columns(measures):
+        value = row.get(key, "")
+        if key == "minutes_left":
+            value = format_duration(value)
+        elif key == "images_per_s":
+            value = f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+        elif isinstance(value, float):
+            value = f"{value:.2f}" if key in measures else f"{value:.4f}"
+        line += f"{value:>11}"
+    return line
+
+
+def format_table(rows: Sequence[dict]) -> str:
     """Rows with the same keys as aligned text, numbers with one decimal."""
-    lines = [[f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(rows[0], *lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, v, widths)).rstrip() for v in (rows[0], *lines))
+    lines = [list(rows[0])]
+    for row in rows:
+        lines.append([f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values()])
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    text = []
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        text.append("  ".join(cells).rstrip())
+    return "\n".join(text)
 
 
 def save_pictures(path: Path, images: Tensor, columns: int) -> None:
-    """A grid of images [N, 3, S, S] in 0..1, small ones enlarged; by the main process."""
-    if PartialState().is_main_process:
-        images = F.interpolate(images.cpu(), scale_factor=max(1, 84 // images.shape[3]))
-        with written_aside(path) as aside:
-            torchvision.utils.save_image(images, aside, nrow=columns, pad_value=1)
+    """Save a grid of images [N, 3, S, S] in 0..1, small ones enlarged; by the main process."""
+    if not PartialState().is_main_process:
+        return
+    images = F.interpolate(images.cpu(), scale_factor=max(1, 84 // images.shape[3]))
+    try:
+        with atomic_write(path) as file:
+            torchvision.utils.save_image(images, file, nrow=columns, pad_value=1)
+    except OSError as error:
+        fail(f"{path} cannot be written ({error}): free some space and repeat the command")
+
+
+def save_views(path: Path, images: ImageSet, index: Tensor, views: list[Tensor]) -> None:
+    """Save up to eight images of a batch (first row), and the views that the network is shown.
+
+    Args:
+        path: the picture.
+        images, index: the set, and the batch's images in it, [B].
+        views: for each resolution [count, B, 3, S, S].
+    """
+    size = views[0].shape[-1]
+    shown = [images.centers(index[:8], size)]
+    for same_size in views:
+        shown += [F.interpolate(view[:8], size) for view in same_size]
+    save_pictures(path, torch.cat(shown), len(index[:8]))
+
+
+def draw_map(coordinates: Tensor, images: Tensor, kinds: Tensor, side: int = 1000) -> Tensor:
+    """Draw small images at their places in the plane.
+
+    Args:
+        coordinates: [N, D]; the first two dimensions are drawn, to the right and downwards.
+        images: [N, 3, S, S] in 0..1.
+        kinds: [N] integers, shown by the color of the frame.
+        side: of the picture, in pixels.
+
+    Returns:
+        [3, side, side].
+    """
+    g = F.pad(coordinates, (0, 1))[:, :2].cpu()  # a map of one dimension is a line
+    size = images.shape[3] + 4
+    canvas = torch.ones(3, side, side)
+    g = g - g.amin(0)
+    g = g / g.max().clamp(min=1e-30)
+    places = ((g + (1 - g.amax(0)) / 2) * (side - size)).long().tolist()
+    for (left, top), image, kind in zip(places, images.cpu(), kinds.tolist(), strict=True):
+        color = torch.tensor(ImageColor.getrgb(f"hsl({47 * kind % 360}, 100%, 45%)")) / 255
+        canvas[:, top : top + size, left : left + size] = color[:, None, None]
+        canvas[:, top + 2 : top + size - 2, left + 2 : left + size - 2] = image
+    return canvas
