@@ -121,6 +121,17 @@ def read_checkpoint(path: Path) -> dict:
         fail(f"{path} cannot be read ({error!r:.200}): remove it to begin again")
 
 
+def save_arrays(path: Path, arrays: dict[str, Tensor]) -> None:
+    """Write tensors to an .npz file; by the main process."""
+    if not PartialState().is_main_process:
+        return
+    try:
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **{name: value.cpu().numpy() for name, value in arrays.items()})
+    except OSError as error:
+        fail(f"{path} cannot be written ({error}): free some space and repeat the command")
+
+
 def generator(*key: int) -> torch.Generator:
     """A random generator on the CPU that is a function of integers such as (seed, epoch, step)."""
     # Without the length, SeedSequence would not tell (1,) from (1, 0).
@@ -230,10 +241,10 @@ def describe_presets(presets: dict[str, dict]) -> str:
     return text
 
 
-def check_batch_size(batch_size: int, images: int, processes: int) -> None:
-    """Fail if a batch is larger than the set, or cannot be shared by the processes."""
-    if batch_size > images:
-        fail(f"--batch-size {batch_size} is more than the {images} images that there are")
+def check_batch_size(batch_size: int, available: int, processes: int, what: str = "images") -> None:
+    """Fail if a batch is larger than what is available, or the processes cannot share it."""
+    if batch_size > available:
+        fail(f"--batch-size {batch_size} is more than the {available} {what} that there are")
     if batch_size % processes:
         fail(f"--batch-size {batch_size} is not a multiple of the {processes} processes")
 
@@ -964,10 +975,12 @@ def save_encoder(path: str | Path, encoder: nn.Module, **metadata: object) -> No
     weights = {
         name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()
     }
-    with atomic_write(path) as file:
-        safetensors.torch.save_file(
-            weights, file, {name: str(value) for name, value in metadata.items()}
-        )
+    metadata = {name: str(value) for name, value in metadata.items()}
+    try:
+        with atomic_write(path) as file:
+            safetensors.torch.save_file(weights, file, metadata)
+    except (OSError, safetensors.SafetensorError) as error:
+        fail(f"{path} cannot be written ({error}): free some space and repeat the command")
 
 
 def load_encoder(
@@ -1111,7 +1124,7 @@ def train_probes(
     passes = max(epochs, 400 * batch // n)
     order = [torch.randperm(n, generator=rng)[: n // batch * batch] for _ in range(passes)]
     steps = torch.cat(order).split(batch)
-    for step, i in enumerate(steps):
+    for step, i in enumerate(progress(steps, "linear probe")):
         loss = probe_losses(W, x[i], y[i])[0].mean(0) + 0.5 * decay * W.square().sum((0, 2))
         # One optimizer serves all cells: a cell's own rate multiplies its loss, hence its gradient.
         optimizer.param_groups[0]["lr"] = 0.5 + 0.5 * math.cos(math.pi * step / len(steps))
@@ -1255,15 +1268,16 @@ def finish(
         )
         rows = compare_features(encoder, about, bank, test, seed)
     if PartialState().is_main_process:
-        try:
-            save_encoder(out / "encoder.safetensors", encoder, **about)
-        except OSError as error:
-            fail(f"{out} cannot be written ({error}): free some space and repeat the command")
+        save_encoder(out / "encoder.safetensors", encoder, **about)
+    write_results(out, rows, "test accuracy in percent")
+    PartialState().print(f"more: python linear_eval.py {out}/encoder.safetensors")
+
+
+def write_results(out: Path, rows: list[dict], title: str) -> None:
+    """Write results.json, which marks a run as finished, and print it as a table."""
+    if PartialState().is_main_process:
         write_json(out / "results.json", rows)
-    PartialState().print(
-        f"test accuracy in percent:\n{format_table(rows)}\n"
-        f"more: python linear_eval.py {out}/encoder.safetensors"
-    )
+    PartialState().print(f"{title}:\n{format_table(rows)}")
 
 
 def print_results(out: Path) -> None:

@@ -2,328 +2,781 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.6", "torchvision>=0.21", "numpy>=1.26", "accelerate>=1.2"]
 # ///
-"""DrLIM: Dimensionality Reduction by Learning an Invariant Mapping (Hadsell, Chopra and LeCun, CVPR
-2006, http://yann.lecun.com/exdb/publis/pdf/hadsell-chopra-lecun-06.pdf).
+"""DrLIM: Dimensionality Reduction by Learning an Invariant Mapping.
 
-    python drlim.py                                       the bundled images, on a laptop
-    python drlim.py --data mnist --classes 4 9            the paper's first experiment
-    python drlim.py --data mnist --classes 4 9 --graph shifts                   its second
+Hadsell, Chopra and LeCun, CVPR 2006,
+http://yann.lecun.com/exdb/publis/pdf/hadsell-chopra-lecun-06.pdf
+
+    python drlim.py                                     # the bundled images, on a laptop
+    python drlim.py --data mnist --classes 4 9          # the paper's first experiment
+    python drlim.py --data mnist --classes 4 9 --graph shifts                # its second
     python drlim.py --data FOLDER --arch resnet18 --dim 3
 
-The same command again goes on with an interrupted run. Deviations: dissimilar pairs are drawn among
-a step's images, so many to each similar one; optimiser, margin, ReLU and epochs, not published.
+The run is kept in --out. It can be stopped at any time; the same command continues it.
+
+Where to find the parts of the paper:
+- Eq. 4, the loss, with Y = 1 for dissimilar pairs: `contrastive_loss`
+- section 2.1, the algorithm (a graph of similar images, then pairs of both kinds): `build_graph`,
+  `sample_pairs` and the inner loop of `main`
+- section 3.1, the network: `paper_network`
+- section 3.2, the first experiment, five nearest neighbors by pixels: --graph neighbours
+- section 3.3, the second experiment, with shifted copies: --graph shifts; without the knowledge of
+  which images are copies: --graph neighbours --shifts -6 -3 3 6
+
+Differences from the paper:
+- Dissimilar pairs are drawn among the images of a step, --ratio of them to each similar pair. The
+  paper uses all pairs.
+- The optimizer (Adam), the learning rate, the margin, ReLU and the number of epochs are choices of
+  this code: the paper does not give them.
+- --graph labels, where images of one class are similar, is not the paper's; it is for comparison.
+
+How to adapt it:
+- Your own network: build it in `main` in place of `paper_network`. It maps images [B, C, H, W] to
+  features [B, width] and has an attribute `width`; a linear layer to the map follows.
+- Other channels than RGB: change `common.read_image`, which reads files, and `load_points`.
 """
 
 import argparse
+import itertools
 import json
 import math
-import os
-import signal
-import sys
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import tqdm
-from PIL import ImageColor
+from accelerate.tracking import get_available_trackers
 from torch import Tensor, nn
 
 import common
-from common import fail
 
-BUNDLED = {"classes": ["5", "7", "9"]}  # of the bundled images: sandals, sneakers and boots
-MAY_CHANGE = {"root", "eval_every", "workers", "out"}  # when a run goes on
+# Defaults that depend on the data. Flags given on the command line take precedence.
+PRESETS = {
+    "fashion-mini": {
+        "classes": ["5", "7", "9"],  # sandals, sneakers and boots
+    },
+}
+CONSOLE_METRICS = ("flatness", "5-NN", "rank")  # shown besides loss, chance, spread and speed
+MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
+SAVE_MINUTES = 10  # A longer epoch also saves checkpoints midway.
+RUN_FORMAT = 2  # of the files in --out; runs of another format are refused
 
-# ----------------------------------------------------------------------------- arguments
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags, checked as far as they can be without the data."""
-    p = argparse.ArgumentParser("drlim.py", epilog=f"defaults with the bundled images: {BUNDLED}",
-                                description="DrLIM: a map of images", allow_abbrev=False)
-    p.error = fail
-    def flag(name: str, help: str, default: object = None, **more: object) -> None:
-        shown = "" if default is None else " (default: %(default)s)"
-        p.add_argument(name, help=help + shown, default=default, **more)
-    flag("--data", default="fashion-mini", help=f"{', '.join(common.SETS)} or a folder")
-    flag("--root", default="data", help="folder where torchvision's sets are or will be put")
-    flag("--classes", nargs="+", help="classes to map, by name or number (default: all)")
-    flag("--per-class", type=int, default=3000, help="training images of each class, at most")
-    flag("--image-size", type=int, help="side of the images (default: theirs; paper: at most 32)")
-    flag("--arch", choices=("paper", *common.ARCHITECTURES), default="paper", help="network G")
-    flag("--dim", type=int, default=2, help="dimensions of the map")
-    flag("--graph", choices=("neighbours", "shifts", "labels"), default="neighbours",
-         help="similar: nearest by pixels, with all shifted copies, or alike labels (not DrLIM)")
-    flag("--neighbours", type=int, default=5, help="similar images of each image")
-    flag("--shifts", type=int, nargs="+", help="pixels to the right of copies (shifts: -6 -3 3 6)")
-    flag("--ratio", type=float, default=0.1, help="dissimilar pairs to each similar one")
-    flag("--margin", type=float, default=1.25, help="margin m of the loss")
-    flag("--epochs", type=int, default=15, help="passes over the similar pairs")
-    flag("--batch-size", type=int, default=128, help="similar pairs a step, over all processes")
-    flag("--lr", type=float, default=0.005, help="first learning rate of Adam")
-    flag("--seed", type=int, default=0, help="seed of the weights and pairs")
-    flag("--eval-every", type=int, default=5, help="epochs between two looks at the map")
-    flag("--workers", type=int, help="readers of files, of each process (default: cores, to 16)")
-    flag("--out", help="folder of the run (default: runs/drlim-DATA)")
-    if p.parse_args(argv).data == "fashion-mini":
-        p.set_defaults(**BUNDLED)
-    args = p.parse_args(argv)
-    for k, v in vars(args).items():
-        if isinstance(v, int | float) and not (k == "image_size") - (k == "seed") < v <= 1e18:
-            fail(f"--{k.replace('_', '-')} {v} is out of range")
-    args.shifts = args.shifts or ([-6, -3, 3, 6] if args.graph == "shifts" else [])
-    args.out = Path(args.out or f"runs/drlim-{Path(args.data).name}")
-    return args
 
-# --------------------------------------------------------------------------------- graph
-def nearest(queries: Tensor, bank: Tensor, k: int, itself: bool = False) -> Tensor:
-    """Indices [Q, k] of the rows of bank [M, D] nearest to each of queries [Q, D]; `itself`: these
-    are the bank, and no row is its own neighbour."""
-    found, step = [], max(1, 2**26 // len(bank))
-    for start in range(0, len(queries), step):
-        distance = torch.cdist(queries[start : start + step], bank)
-        if itself:
+# --------------------------------------------------------------------------------------
+# Images, the graph of similar ones, and pairs
+# --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Points:
+    """The images to be mapped. The S copies of an image follow each other, unshifted one first.
+
+    Attributes:
+        x: [N * S, C, H, W] float32 in 0..1, on the device.
+        labels: [N * S] classes, on the device.
+        index: [N * S] which image of the data set each one is.
+    """
+
+    x: Tensor
+    labels: Tensor
+    index: Tensor
+
+
+@dataclass
+class Graph:
+    """Which images are similar.
+
+    Attributes:
+        partners: [N, k] the images that are similar to each of N images.
+        copies: how many copies each image has, all of them similar; image n is rows n * copies to
+            n * copies + copies - 1 of the points.
+        labels: [N] classes, if all images of a class are similar, or None.
+    """
+
+    partners: Tensor
+    copies: int = 1
+    labels: Tensor | None = None
+
+
+def find_classes(wanted: list[str] | None, names: list[str]) -> list[int]:
+    """The numbers of the classes that are wanted by name or number; by default all."""
+    found = set()
+    for name in wanted or names:
+        if name in names:
+            found.add(names.index(name))
+        elif name.isdecimal() and int(name) < len(names):
+            found.add(int(name))
+        else:
+            common.fail(f"--classes {name} is not one of {', '.join(names)}, nor their numbers")
+    return sorted(found)
+
+
+def load_points(
+    images: common.ImageSet,
+    classes: list[int],
+    most: int,
+    size: int,
+    shifts: list[int],
+    is_paper: bool,
+) -> Points:
+    """Load images of some classes, and copies that are shifted to the right.
+
+    Args:
+        images: the data set.
+        classes: the numbers of the classes.
+        most: images of each class, at most; the same ones whatever the seed.
+        size: side of the images in pixels.
+        shifts: of the copies, in pixels.
+        is_paper: make the images gray, in the middle of 32 x 32 pixels, for the paper's network.
+    """
+    labels = images.labels.clamp(min=0)  # Images without classes are all of one.
+    index = torch.isin(labels, torch.tensor(classes)).nonzero()[:, 0]
+    drawn = common.draw_per_class(labels[index], most, common.generator(0))
+    index = index[drawn].sort().values
+    copies = 1 + len(shifts)
+    if len(index) * copies * 12 * size**2 > common.MEMORY_LIMIT:
+        common.fail(
+            f"{len(index)} images do not fit in memory: "
+            "use fewer --classes or --per-class, or a smaller --image-size"
+        )
+
+    x = common.extract_features(nn.Flatten(), images.take(index), size)
+    x = x.unflatten(1, (3, size, size))
+    if is_paper:
+        before, after = (32 - size) // 2, (33 - size) // 2
+        x = F.pad(x.mean(1, keepdim=True), [before, after, before, after])
+    x = torch.stack([F.pad(x, [shift, -shift, 0, 0]) for shift in (0, *shifts)], dim=1)
+    index = index.repeat_interleave(copies)
+    return Points(x.flatten(0, 1), labels[index].to(x.device), index)
+
+
+def find_nearest(queries: Tensor, bank: Tensor, k: int, is_bank: bool = False) -> Tensor:
+    """The k rows of bank [M, D] that are nearest to each of queries [Q, D], as indices [Q, k].
+
+    If the queries are the bank (`is_bank`), no row is its own neighbor.
+    """
+    at_once = max(1, 2**26 // len(bank))  # 256 MiB of distances
+    nearest = []
+    for start in range(0, len(queries), at_once):
+        distance = torch.cdist(queries[start : start + at_once], bank)
+        if is_bank:
             distance[:, start:].fill_diagonal_(torch.inf)
-        found.append(distance.topk(k, largest=False).indices)
-    return torch.cat(found)
+        nearest.append(distance.topk(k, largest=False).indices)
+    return torch.cat(nearest)
 
 
-def draw_pairs(edges: Tensor, partners: Tensor, labels: Tensor | None, copies: int, ratio: float,
-               rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Images i [2B] of edges [B] (n·k + j: n and the j-th of its partners [N, k]); pairs of rows of
-    i [(1 + ratio)·B, 2]: the edges, then dissimilar ones (without ones in the batch, none), neither
-    partners nor of equal labels [N]; Y of each. n has copies, all similar, from i = n·copies."""
-    B, n, u = len(edges), edges // partners.shape[1], torch.rand(2, len(edges), generator=rng)
-    n = torch.stack([n, partners.flatten()[edges]], 1)  # [B, 2]
-    own, first = (n[:, 0] == n[:, 1]).long(), (u[0] * copies).long()
-    second = (first + own + (u[1] * (copies - own)).long()) % copies  # its own: by another shift
-    i, n = (n * copies + torch.stack([first, second], 1)).flatten(), n.flatten()
-    if labels is None:
-        alike = (partners[n][:, :, None] == n).any(1) | (n[:, None] == n)
+def build_graph(kind: str, points: Points, neighbors: int, copies: int, seed: int) -> Graph:
+    """Decide which images are similar (section 2.1, step 1).
+
+    Args:
+        kind: "neighbours", the nearest by pixels among all points; "shifts", the nearest by pixels
+            among the unshifted images, and all copies of both; or "labels", `neighbors` random
+            images of the same class.
+        points: the training images.
+        neighbors: how many are similar to each image.
+        copies: how many there are of each image.
+        seed: of the random images.
+
+    Raises:
+        SystemExit: if no pair would be dissimilar, or there are not as many neighbors.
+    """
+    if kind != "shifts":
+        copies = 1
+    N = len(points.x) // copies
+    labels, available = None, N - 2
+    if kind == "labels":
+        labels = points.labels.cpu()
+        sizes = labels.bincount()
+        available = sizes[sizes > 0].min().item() - 1
+        # Images of a class lie at random places on a line of its own.
+        place = torch.rand(N, generator=common.generator(seed)).double()
+        features = torch.stack([2.0 * labels, place], dim=1)
     else:
-        alike = labels[n][:, None] == labels[n]
-    unlike = (~(alike | alike.T)).triu().nonzero()
-    some = torch.randint(len(unlike) or 1, (max(1, round(ratio * B)),), generator=rng)
-    pairs = torch.cat([torch.arange(2 * B).view(B, 2), unlike[some] if len(unlike) else unlike])
-    return i, pairs, (torch.arange(len(pairs)) >= B).long()
+        features = points.x[::copies].flatten(1)
+    if neighbors > available or (kind == "labels" and (sizes > 0).sum() < 2):
+        common.fail(
+            f"--graph {kind} with --neighbours {neighbors}: {N} images leave only {available} "
+            "neighbors, or no dissimilar pair"
+        )
 
-# --------------------------------------------------------------------------------- model
+    partners = find_nearest(features, features, neighbors, is_bank=True).cpu()
+    if copies > 1:  # An image's own copies are similar as well.
+        partners = torch.cat([partners, torch.arange(N)[:, None]], dim=1)
+    return Graph(partners, copies, labels)
+
+
+def sample_pairs(
+    graph: Graph, edges: Tensor, ratio: float, rng: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The pairs of a step (section 2.1, step 2): edges of the graph, and dissimilar pairs.
+
+    Args:
+        graph: of N images with k partners each.
+        edges: [B]; edge n * k + j joins image n and the j-th of its partners.
+        ratio: dissimilar pairs for each edge. They are drawn among the images of the edges.
+        rng: of the copies and the dissimilar pairs.
+
+    Returns:
+        The points i [2B] that are needed, the rows of i that form each pair [B + ratio * B, 2], and
+        Y of each pair, 1 if it is dissimilar. There are only B pairs if none can be dissimilar.
+    """
+    B, copies, partners = len(edges), graph.copies, graph.partners
+    a, b = edges // partners.shape[1], partners.flatten()[edges]
+
+    # Each image appears as one of its copies, and if both are the same image, as two of them.
+    u = torch.rand(2, B, generator=rng)
+    same = (a == b).long()
+    copy_a = (u[0] * copies).long()
+    copy_b = (copy_a + same + (u[1] * (copies - same)).long()) % copies
+    i = torch.stack([a * copies + copy_a, b * copies + copy_b], dim=1).flatten()
+
+    n = torch.stack([a, b], dim=1).flatten()  # the images of i
+    if graph.labels is not None:
+        similar = graph.labels[n][:, None] == graph.labels[n]
+    else:
+        similar = (partners[n][:, :, None] == n).any(1) | (n[:, None] == n)
+    dissimilar = (~(similar | similar.T)).triu().nonzero()
+    drawn = torch.randint(max(1, len(dissimilar)), (max(1, round(ratio * B)),), generator=rng)
+    pairs = torch.arange(2 * B).view(B, 2)
+    if len(dissimilar):
+        pairs = torch.cat([pairs, dissimilar[drawn]])
+    Y = (torch.arange(len(pairs)) >= B).long()
+    return i, pairs, Y
+
+
+# --------------------------------------------------------------------------------------
+# Model (section 3.1)
+# --------------------------------------------------------------------------------------
+
+
 def paper_network() -> nn.Module:
-    """§3.1, [B, 1, 32, 32] → [B, width]: convolution 6×6 to 15 maps, subsampling 3×3, convolution
-    9×9 to 30 maps; a linear layer follows."""
-    encoder = nn.Sequential(nn.Conv2d(1, 15, 6), nn.ReLU(), nn.AvgPool2d(3), nn.Conv2d(15, 30, 9),
-                            nn.ReLU(), nn.Flatten())
-    encoder.width = 30
-    return encoder
+    """The paper's network but for its last linear layer: [B, 1, 32, 32] to [B, width].
 
-# ---------------------------------------------------------------------------------- loss
+    A convolution of 6x6 to 15 maps, subsampling by 3x3, and a convolution of 9x9 to 30 maps.
+    """
+    network = nn.Sequential(
+        nn.Conv2d(1, 15, 6),
+        nn.ReLU(),
+        nn.AvgPool2d(3),
+        nn.Conv2d(15, 30, 9),
+        nn.ReLU(),
+        nn.Flatten(),
+    )
+    network.width = 30
+    return network
+
+
+# --------------------------------------------------------------------------------------
+# Loss
+# --------------------------------------------------------------------------------------
+
+
 def contrastive_loss(g1: Tensor, g2: Tensor, dissimilar: Tensor, margin: float) -> Tensor:
-    """Eq. 4, mean over N pairs, (1 - Y)·½·D² + Y·½·max(0, m - D)² of their distance D: g1 and g2
-    [N, D], Y = dissimilar [N] in {0, 1} → scalar. Gradient 0 at D = 0. ValueError: other shapes."""
+    """Contrastive loss (Eq. 4), mean over N pairs.
+
+    With the distance D = |g1 - g2| of a pair, and Y = 1 if it is dissimilar,
+
+        loss = (1 - Y) / 2 * D^2 + Y / 2 * max(0, margin - D)^2
+
+    Args:
+        g1, g2: [N, dim] the places of both images of each pair.
+        dissimilar: Y [N], 0 or 1.
+        margin: m > 0, the distance that dissimilar images should have.
+
+    Returns:
+        Scalar. Its gradient is 0 where D = 0.
+
+    Raises:
+        ValueError: if the shapes are others.
+    """
     if g1.shape != g2.shape or g1.ndim != 2 or dissimilar.shape != g1.shape[:1]:
-        raise ValueError(f"not g1, g2 [N, D], Y [N]: {g1.shape}, {g2.shape}, {dissimilar.shape}")
-    D = torch.linalg.vector_norm(g1 - g2, dim=1)  # with gradient 0 at 0
+        raise ValueError(
+            f"g1, g2 must be [N, dim] and dissimilar [N], got {g1.shape}, {g2.shape} and "
+            f"{dissimilar.shape}"
+        )
+    D = torch.linalg.vector_norm(g1 - g2, dim=1)  # unlike a bare sqrt, with gradient 0 at 0
     return torch.where(dissimilar == 0, D**2, (margin - D).clamp(min=0) ** 2).mean() / 2
 
 
+def collapsed_loss(batch_size: int, ratio: float, margin: float) -> float:
+    """The loss of a map that is a single point: every dissimilar pair costs margin^2 / 2."""
+    dissimilar = max(1, round(ratio * batch_size))
+    return dissimilar / (batch_size + dissimilar) * margin**2 / 2
+
+
 def gather(z: Tensor, accelerator: Accelerator) -> Tensor:
-    """z [B, ...] of each process → [P·B, ...] of all, with the gradient of the one big batch, of
-    which every process computes the whole loss. DDP averages over P processes: the factor P."""
-    P, own = accelerator.num_processes, accelerator.process_index
-    everyone = list(accelerator.gather(z.detach()).chunk(P))
-    everyone[own] = z.detach() + P * (z - z.detach())
-    return torch.cat(everyone)
+    """Gather z [B, ...] of all P processes as [P * B, ...], with a gradient for one's own rows.
 
-# ---------------------------------------------------------------- optimiser and schedule
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Rate of step 0 .. steps - 1: half a cosine from the peak to 0."""
-    return peak * 0.5 * (1 + math.cos(math.pi * step / steps))
+    Every process computes the whole loss, so its own rows already carry their whole gradient. DDP
+    then averages the parameter gradients over the processes, hence the factor P.
+    """
+    P = accelerator.num_processes
+    parts = list(accelerator.gather(z.detach()).chunk(P))
+    parts[accelerator.process_index] = z.detach() + P * (z - z.detach())  # z, its gradient times P
+    return torch.cat(parts)
 
-# ----------------------------------------------------------------------------------- map
+
+def find_problems(row: dict) -> list[str]:
+    """Return warnings about the metrics of one epoch."""
+    if row["spread"] < 0.02:  # in margins
+        return ["the map collapses to a point: use a lower --lr or a higher --ratio"]
+    return []
+
+
+# --------------------------------------------------------------------------------------
+# Schedule
+# --------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
+    """Learning rate of step 0 .. steps - 1: linear warm-up to the peak, then cosine to 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+# --------------------------------------------------------------------------------------
+# The map
+# --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def embed(G: nn.Module, x: Tensor) -> Tensor:
+    """The places [N, dim] to which G maps the images x [N, C, H, W]."""
+    g = torch.cat([G(part) for part in x.split(256)]).float()
+    if not g.isfinite().all():
+        common.fail("the map is not finite: use a lower --lr and another --out")
+    return g
+
+
 def copies_rank(g: Tensor, copies: int) -> float:
-    """Median rank of an image's shifted copies among all other points of g [N·copies, D], image n
-    and its copies from n·copies, by their distance from it; those as near count as nearer."""
+    """How near to an image its shifted copies lie.
+
+    Args:
+        g: [N * copies, dim] places; the copies of an image follow it.
+        copies: how many there are of each image, itself included.
+
+    Returns:
+        The median rank of the shifted copies among all other points, by their distance from the
+        image. Points that are as near count as nearer.
+    """
     ranks = []
     for i in torch.arange(0, len(g), copies, device=g.device)[:, None].split(512):
         distance = torch.cdist(g[i[:, 0]], g).scatter_(1, i, torch.inf)
-        ranks += [(distance <= distance.gather(1, i + s)).sum(1) for s in range(1, copies)]
+        for s in range(1, copies):
+            own = distance.gather(1, i + s)
+            ranks.append((distance <= own).sum(1))
     return torch.cat(ranks).float().quantile(0.5).item()
 
 
-def draw_map(g: Tensor, images: Tensor, kinds: Tensor, side: int = 1000) -> Tensor:
-    """Images [N, 3, S, S] at their places g [N, D], the first two coordinates, framed in the colour
-    of their kind [N] → [3, side, side]."""
-    g, size = F.pad(g, (0, 1))[:, :2].cpu(), images.shape[3] + 4
-    g, canvas = g - g.amin(0), torch.ones(3, side, side)
-    g = g / g.max().clamp(min=1e-30)
-    places = ((g + (1 - g.amax(0)) / 2) * (side - size)).long().tolist()
-    for (left, top), image, kind in zip(places, images.cpu(), kinds.tolist(), strict=True):
-        colour = torch.tensor(ImageColor.getrgb(f"hsl({47 * kind % 360}, 100%, 45%)")) / 255
-        canvas[:, top : top + size, left : left + size] = colour[:, None, None]
-        canvas[:, top + 2 : top + size - 2, left + 2 : left + size - 2] = image
-    return canvas
+def measure_map(
+    g_test: Tensor, test: Points, g: Tensor, train: Points, classes: int, copies: int
+) -> dict:
+    """The quality of a map.
 
-# ---------------------------------------------------------------------------------- main
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train, evaluate and leave a run in --out; the same arguments again go on with it."""
-    args = parse_arguments(argv)
-    out, torch.backends.cudnn.benchmark = args.out, True
-    accelerator = Accelerator()
-    device, processes, say = accelerator.device, accelerator.num_processes, accelerator.print
-    if device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        torch.set_num_threads(os.cpu_count() // processes or 1)  # accelerate launch: one
-    data, bank, test = common.load_splits(args.data, args.root, None, device, args.workers)
-    bank, test = bank or data, test or data  # of a folder without classes all images
-    names, S, k = bank.classes or ["all"], 1 + len(args.shifts), args.neighbours
-    chosen = sorted({names.index(c) if c in names else int(c) if c.isdecimal() else -1
-                     for c in args.classes or names})
-    if not {*chosen} <= {*range(len(names))}:
-        fail(f"--classes {' '.join(args.classes)}: take of {', '.join(names)}, or their numbers")
-    size = args.image_size = args.image_size or min(bank.side, 224 if args.arch != "paper" else 32)
-    if size > (32 if args.arch == "paper" else 224) or max(0, 0, *map(abs, args.shifts)) >= size:
-        fail("--image-size, --shifts: images of 224 pixels at most, for the paper's network of 32; "
-             "shifts smaller than the image")
-    def load(images: common.ImageSet, most: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Images and copies [N·S, C, size, size], their labels and numbers in the set [N·S]."""
-        y = images.labels.clamp(min=0)
-        index = torch.isin(y, torch.tensor(chosen)).nonzero()[:, 0]
-        index = index[common.some_of_each(y[index], most, common.generator(0))].sort().values
-        if len(index) * S * 12 * size**2 > common.MEMORY_LIMIT:
-            fail(f"{len(index)} images do not fit: take less --classes, --per-class, --image-size")
-        x = common.extract_features(nn.Flatten(), images.take(index), size)
-        x = x.unflatten(1, (3, size, size))
-        if args.arch == "paper":  # grey, in the middle of 32 pixels
-            x = F.pad(x.mean(1, keepdim=True), [(32 - size) // 2, (33 - size) // 2] * 2)
-        x = torch.stack([F.pad(x, [s, -s, 0, 0]) for s in (0, *args.shifts)], 1).flatten(0, 1)
-        index = index.repeat_interleave(S)
-        return x, y[index].to(device), index
-    (x, y, index), (x_test, y_test, index_test) = load(bank, args.per_class), load(test, 10**9)
-    copies, labels, B = S if args.graph == "shifts" else 1, None, args.batch_size
-    N, most, near_by = len(x) // copies, len(x) // copies - 2, x[::copies].flatten(1)
-    if args.graph == "labels":  # partners: of equal label, at the nearest random places on a line
-        labels, u = y.cpu(), torch.rand(N, generator=common.generator(args.seed)).double()
-        near_by, most = torch.stack([2.0 * labels, u], 1), labels.bincount()[chosen].min() - 1
-    if k > most or (args.graph == "labels" and len(chosen) < 2):
-        fail(f"--graph {args.graph}, --neighbours {k}: {N} images of {len(chosen)} classes leave "
-             f"no pair dissimilar, or only {most} neighbours")
-    partners = [nearest(near_by, near_by, k, itself=True).cpu(), torch.arange(N)[:, None]]
-    partners = torch.cat(partners[:copies], 1)  # where there are copies, itself too
-    if not (E := partners.numel()) >= B >= 2 or B % processes:
-        fail(f"--batch-size: take 2 to {E} pairs, a multiple of {processes} processes")
-    epoch_steps, steps = E // B, E // B * args.epochs
-    settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
-    settings |= {"mixed_precision": accelerator.mixed_precision, "images": bank.fingerprint}
-    config = {"settings": settings, "devices": f"{processes} {device}",
-              **{p: version(p) for p in ("torch", "torchvision", "accelerate")}}
+    Args:
+        g_test, test: places [M, dim] of the test images, and these.
+        g, train: the same of the training images.
+        classes: how many there are.
+        copies: how many there are of each image.
+
+    Returns:
+        "flatness", the last singular value of the test images' places as a share of the first (0
+        if they lie on a line); "5-NN", the percentage of test images whose class most of their
+        five nearest training images have, if there are classes; and "rank", see `copies_rank`, if
+        there are copies.
+    """
+    axes = torch.linalg.svdvals(g_test - g_test.mean(0))
+    row = {"flatness": (axes[-1] / axes[0].clamp(min=1e-30)).item()}
+    if classes > 1:
+        nearest = find_nearest(g_test, g, min(5, len(g)))
+        votes = train.labels[nearest].mode(1).values
+        row["5-NN"] = 100 * (votes == test.labels).float().mean().item()
+    if copies > 1:
+        row["rank"] = copies_rank(g_test, copies)
+    return row
+
+
+def finish_map(
+    args: argparse.Namespace, G: nn.Module, train: Points, test: Points, classes: int
+) -> None:
+    """Compare the map with PCA and with pixels; write and print what a run leaves."""
+    copies = 1 + len(args.shifts)
+    axes = common.principal_axes(train.x.flatten(1), args.dim, args.seed)
+    maps = {
+        "DrLIM": G.eval(),
+        "PCA": lambda x: x.flatten(1) @ axes,
+        "pixels": nn.Flatten(),
+    }
+    rows, places = [], {}
+    for name, to_map in common.progress(maps.items(), "evaluation"):
+        g, g_test = embed(to_map, train.x), embed(to_map, test.x)
+        metrics = measure_map(g_test, test, g, train, classes, copies)
+        rows.append({"features": f"{name}, {g.shape[1]}-D", **metrics})
+        places[name] = g_test, g
+
+    # The picture: up to 1,000 test images, DrLIM's map on the left and PCA's on the right.
+    sample = torch.randperm(len(test.x), generator=common.generator(args.seed))[:1000]
+    images = test.x[sample].expand(-1, 3, -1, -1)
+    kinds = sample % copies if copies > 1 else test.labels.cpu()[sample]
+    drawn = [common.draw_map(places[name][0][sample], images, kinds) for name in ("DrLIM", "PCA")]
+    common.save_pictures(args.out / "map.png", torch.stack(drawn), 2)
+
+    arrays = {
+        "coordinates": places["DrLIM"][0],
+        "labels": test.labels,
+        "indices": test.index,
+        "train_coordinates": places["DrLIM"][1],
+        "train_labels": train.labels,
+        "train_indices": train.index,
+    }
+    common.save_arrays(args.out / "map.npz", arrays)
+    common.write_results(args.out, rows, "the map of the test images")
+
+
+# --------------------------------------------------------------------------------------
+# The run's folder (the same in every script)
+# --------------------------------------------------------------------------------------
+
+
+def open_run(out: Path, settings: dict, accelerator: Accelerator) -> dict | None:
+    """Create the folder of a run and its config.json, or reopen it.
+
+    Args:
+        out: a folder that is new, empty, or holds a run with the same settings.
+        settings: all that the result of the run depends on.
+        accelerator: of the run; its main process writes.
+
+    Returns:
+        The checkpoint to resume from, or None if there is none yet.
+
+    Raises:
+        SystemExit: if the folder holds anything else, or cannot be used. The message is one line.
+    """
+    path = out / "config.json"
+    is_new = not path.exists()
+    if is_new and any(out.glob("[!.]*")):
+        common.fail(f"{out} is not empty and does not hold a run: choose another --out")
+    if not is_new:
+        config = common.read_json(path)
+        if not isinstance(config, dict) or config.get("format") != RUN_FORMAT:
+            common.fail(f"{out} was made by another version of this code: choose another --out")
+        before = config.get("settings", {})
+        changed = [name for name in settings if settings[name] != before.get(name)]
+        if changed:
+            previous = ", ".join(f"{name} was {before.get(name)}" for name in changed)
+            common.fail(
+                f"{out} holds a run with other settings ({previous}): "
+                "repeat its command to resume it, or choose another --out"
+            )
+
+    accelerator.wait_for_everyone()
+    if is_new and accelerator.is_main_process:
+        packages = {name: version(name) for name in ("torch", "torchvision", "accelerate")}
+        devices = f"{accelerator.num_processes} x {accelerator.device}"
+        config = {"format": RUN_FORMAT, "settings": settings}
+        common.write_json(path, config | {"devices": devices, "versions": packages})
+    checkpoint = out / "checkpoint.pt"
+    return common.read_checkpoint(checkpoint) if checkpoint.exists() else None
+
+
+def save_run(out: Path, state: dict) -> None:
+    """Write metrics.jsonl and checkpoint.pt. Each replaces the old one only when it is complete.
+
+    Args:
+        out: the folder of the run.
+        state: all that is needed to resume the run, with the metrics so far as "rows".
+
+    Raises:
+        SystemExit: if the files cannot be written. The message is one line.
+    """
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        old = json.loads((out / "config.json").read_text()) if any(out.glob("[!.]*")) else config
-        if changed := [f"{k} ({v})" for k, v in old["settings"].items() if settings.get(k) != v]:
-            fail(f"{out} holds a run with another {', '.join(changed)}: take it or another --out")
-        results = (out / "results.json").exists() and json.loads((out / "results.json").read_text())
-        state = (out / "checkpoint.pt").exists() and torch.load(
-            out / "checkpoint.pt", map_location="cpu", weights_only=True)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process and not results:
-            with common.written_aside(out / "config.json") as aside:
-                aside.write_text(json.dumps(old, indent=1))
-    except Exception as error:  # damaged files lead to nearly everything
-        fail(f"--out {out} is no folder of a run, nor can it be made one ({error!r:.200})")
-    if results:
-        return say(f"{out} is finished; the map of the test images:\n{common.table(results)}")
+        with common.atomic_write(out / "metrics.jsonl") as file:
+            file.write_text("".join(json.dumps(row) + "\n" for row in state["rows"]))
+        with common.atomic_write(out / "checkpoint.pt") as file:
+            torch.save(state, file)
+    except (OSError, RuntimeError) as error:  # If the disk is full, torch raises the latter.
+        common.fail(
+            f"the run could not be saved in {out} ({error}): the last checkpoint is kept; "
+            "if the disk is full, free some space and repeat the command to resume"
+        )
+
+
+# --------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------
+
+
+def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argparse.Namespace:
+    """Parse the flags. A flag that is not given takes the preset's value, or its default below."""
+    parser = argparse.ArgumentParser(
+        "drlim.py",
+        description="Learn a map of images with DrLIM.",
+        epilog=common.describe_presets(PRESETS),
+        formatter_class=common.HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.error = common.fail
+    common.add_data_arguments(parser)
+
+    add = parser.add_argument_group("model").add_argument
+    add(
+        "--arch",
+        choices=("paper", *common.ARCHITECTURES),
+        default="paper",
+        help="network G, but for its last layer",
+    )
+    add("--stem", choices=("3x3", "7x7"), help="first layer (default: 3x3 up to 64 pixels)")
+    add("--init", help="encoder.safetensors whose weights G starts from")
+    add("--dim", type=common.positive_int, default=2, help="dimensions of the map")
+
+    add = parser.add_argument_group("method").add_argument
+    add("--classes", nargs="+", help="classes to map, by name or number (default: all)")
+    add(
+        "--per-class",
+        type=common.positive_int,
+        default=3000,
+        help="training images of each class, at most",
+    )
+    add(
+        "--graph",
+        choices=("neighbours", "shifts", "labels"),
+        default="neighbours",
+        help="what is similar: nearest by pixels; these and all shifted copies; or equal labels",
+    )
+    add(
+        "--neighbours",
+        type=common.positive_int,
+        default=5,
+        help="similar images of each image",
+    )
+    add(
+        "--shifts",
+        type=int,
+        nargs="+",
+        help="shifted copies of each image, in pixels to the right (--graph shifts: -6 -3 3 6)",
+    )
+    add(
+        "--ratio",
+        type=common.positive_float,
+        default=0.1,
+        help="dissimilar pairs drawn for each similar pair",
+    )
+    add("--margin", type=common.positive_float, default=1.25, help="margin m of the loss")
+    add(
+        "--image-size",
+        type=common.int_above_1,
+        help="side of the images in pixels (default: their own, up to 224; the paper's: up to 32)",
+    )
+
+    add = parser.add_argument_group("optimization").add_argument
+    add("--epochs", type=common.positive_int, default=15, help="passes over the similar pairs")
+    add("--max-steps", type=common.positive_int, help="end the run, and its schedule, here")
+    add(
+        "--batch-size",
+        type=common.int_above_1,
+        default=128,
+        help="similar pairs per step, over all processes",
+    )
+    add("--lr", type=common.positive_float, default=0.005, help="peak learning rate of Adam")
+    add(
+        "--warmup-epochs",
+        type=common.nonnegative_float,
+        default=0.0,
+        help="epochs of linear warm-up",
+    )
+    add(
+        "--weight-decay",
+        type=common.nonnegative_float,
+        default=0.0,
+        help="weight decay of the optimizer",
+    )
+    add("--seed", type=common.nonnegative_int, default=0, help="random seed of weights and pairs")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--out", type=Path, help="folder of the run (default: runs/drlim-DATA)")
+    add("--eval-every", type=common.positive_int, default=5, help="epochs between evaluations")
+    add(
+        "--log-with",
+        choices=[*map(str, get_available_trackers())],
+        help="experiment tracker to report to",
+    )
+
+    parser.set_defaults(**preset or {})
+    args = parser.parse_args(argv)
+    if args.arch == "paper" and (args.init or args.stem):
+        common.fail("--init and --stem are for another --arch than the paper's network")
+    if args.shifts is None:
+        args.shifts = [-6, -3, 3, 6] if args.graph == "shifts" else []
+    if args.out is None:
+        args.out = Path("runs", f"drlim-{Path(args.data).absolute().name}")
+    return args
+
+
+# --------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
+    """Learn the map, evaluate it, and leave the run in --out."""
+    args = parse_arguments(argv)
+    torch.backends.cudnn.benchmark = True
+    accelerator = Accelerator(log_with=args.log_with, project_dir=args.out)
+    device, processes = accelerator.device, accelerator.num_processes
+    common.check_launcher()
+    common.tune_cpu(device)
+
+    # Data: training images (the bank) and test images; without classes, all images are both.
+    images, bank, test_images = common.load_splits(
+        args.data, args.root, args.limit, device, args.workers, args.stream
+    )
+    args = parse_arguments(argv, PRESETS.get(args.data))  # again, now that the data is known
+    bank, test_images = bank or images, test_images or images
+    largest = 32 if args.arch == "paper" else 224
+    args.image_size = args.image_size or min(bank.side, largest)
+    if args.image_size > largest:
+        common.fail(f"--image-size {args.image_size} must be at most {largest} for this --arch")
+    if any(abs(shift) >= args.image_size for shift in args.shifts):
+        common.fail(f"--shifts must be smaller than the images of {args.image_size} pixels")
+    classes = find_classes(args.classes, list(bank.classes) or ["all"])
+    is_paper = args.arch == "paper"
+    train = load_points(bank, classes, args.per_class, args.image_size, args.shifts, is_paper)
+    test = load_points(test_images, classes, 10**9, args.image_size, args.shifts, is_paper)
+
+    # The graph, whose edges are the similar pairs: an epoch goes through them once.
+    copies = 1 + len(args.shifts)
+    graph = build_graph(args.graph, train, args.neighbours, copies, args.seed)
+    edges = graph.partners.numel()
+    common.check_batch_size(args.batch_size, edges, processes, "similar pairs")
+    epoch_steps = edges // args.batch_size
+    total_steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
+    warmup_steps = min(round(args.warmup_epochs * epoch_steps), total_steps - 1)
+
+    # Model: G.
+    args.stem = args.stem or ("3x3" if args.image_size <= 64 else "7x7")
     torch.manual_seed(args.seed)
-    about = {"architecture": args.arch, "stem": "3x3" if size <= 64 else "7x7"}
-    encoder = common.build_encoder(**about) if args.arch != "paper" else paper_network()
-    net = nn.Sequential(encoder, nn.Linear(encoder.width, args.dim)).to(device)
-    if processes > 1 and device.type == "cuda":  # it has no CPU kernel
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    optimizer = torch.optim.Adam(net.parameters(), args.lr)
-    G = nn.Sequential(*net)  # the same layers, without the autocast that prepare gives to net
-    model, optimizer = accelerator.prepare(net, optimizer)
-    done, rows, sums = 0, [], torch.zeros(2, device=device)  # the epoch's losses, spreads
-    if state:
-        net.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        done, rows = state["step"], state["rows"]
-        say(f"going on after step {done} of {steps}")
-    for number in (signal.SIGTERM, signal.SIGINT):  # epochs are short: an interrupted one is lost
-        signal.signal(number, lambda n, _: sys.exit(128 + n))
-    @torch.no_grad()
-    def measured(to_map: nn.Module) -> tuple[dict, Tensor, Tensor]:
-        g_test, g = (torch.cat([*map(to_map, v.split(256))]).float() for v in (x_test, x))
-        if not (g_test.isfinite().all() and g.isfinite().all()):
-            fail("the map is not finite: take a lower --lr, another --out")
-        axes = torch.linalg.svdvals(g_test - g_test.mean(0))
-        row = {"flatness": (axes[-1] / axes[0].clamp(min=1e-30)).item()}
-        if len(chosen) > 1:  # percent whose class most of the 5 nearest training images have
-            votes = y[nearest(g_test, g, min(5, len(g)))].mode(1).values
-            row["5-NN"] = 100 * (votes == y_test).float().mean().item()
-        return row | ({"rank": copies_rank(g_test, S)} if S > 1 else {}), g_test, g
-    rank, began, unlike = accelerator.process_index, time.monotonic(), max(1, round(args.ratio * B))
-    chance = unlike / (B + unlike) * args.margin**2 / 2
-    bar = tqdm(range(done, steps), total=steps, initial=done, disable=not sys.stderr.isatty())
-    for step in bar:
-        epoch, i = divmod(step, epoch_steps)
-        edges = torch.randperm(E, generator=common.generator(args.seed, epoch))[i * B : i * B + B]
-        i, pairs, Y = (common.beside(x, v) for v in draw_pairs(
-            edges, partners, labels, copies, args.ratio, common.generator(args.seed, epoch, i)))
-        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, args.lr)
-        g = model(x[i.chunk(processes)[rank]]).float()
-        g1, g2 = gather(g, accelerator)[pairs].unbind(1)
-        loss = contrastive_loss(g1, g2, Y, args.margin)
-        optimizer.zero_grad()
-        accelerator.backward(loss)
-        optimizer.step()
-        sums += torch.stack([loss.detach(), g1.detach().std(0).norm() / args.margin])
-        done = step + 1
-        if done % epoch_steps:
-            continue
-        seconds, (mean, spread) = time.monotonic() - began, (sums / epoch_steps).tolist()
-        if not math.isfinite(mean):
-            fail(f"the loss of epoch {epoch + 1} is not finite: take a lower --lr, another --out")
-        row = {"epoch": epoch + 1, "step": done, "loss": mean, "chance": chance,
-               "spread": spread, "lr": lr, "images_per_s": 2 * B * epoch_steps / seconds,
-               "minutes_left": (steps - done) / epoch_steps * seconds / 60}
-        if row["epoch"] % args.eval_every == 0 or done == steps:
-            row |= measured(G.eval())[0]
+    if is_paper:
+        encoder = paper_network()
+    elif args.init:
+        encoder, _ = common.load_encoder(args.init, architecture=args.arch, stem=args.stem)
+    else:
+        encoder = common.build_encoder(args.arch, args.stem)
+    network = nn.Sequential(encoder, nn.Linear(encoder.width, args.dim)).to(device)
+    if processes > 1 and device.type == "cuda":
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    optimizer = torch.optim.Adam(network.parameters(), args.lr, weight_decay=args.weight_decay)
+    G = nn.Sequential(*network)  # the same layers, without the autocast that Accelerate will add
+    model, optimizer = accelerator.prepare(network, optimizer)
+
+    # Run: start a new one, print a finished one, or resume from a checkpoint.
+    settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
+    settings |= {"method": "drlim", "images": bank.fingerprint}
+    settings |= {"mixed_precision": accelerator.mixed_precision}
+    checkpoint = open_run(args.out, settings, accelerator)
+    if (args.out / "results.json").exists():
+        common.print_results(args.out)
+        return
+    step, losses, rows = 0, [], []
+    if checkpoint:
+        network.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        step, rows = checkpoint["step"], checkpoint["rows"]
+        losses = list(checkpoint["losses"].to(device))
+        accelerator.print(f"resuming after step {step} of {total_steps}")
+
+    def state() -> dict:
+        return {
+            "model": network.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+            "losses": torch.tensor(losses),
+            "rows": rows,
+        }
+
+    accelerator.init_trackers("drlim", {name: str(value) for name, value in settings.items()})
+    accelerator.print(common.format_header(CONSOLE_METRICS))
+    saved_at = time.monotonic()
+    while step < total_steps:
+        epoch, first_step, started_at = step // epoch_steps, step, time.monotonic()
+        last_step = min((epoch + 1) * epoch_steps, total_steps)
+        order = common.epoch_order(edges, args.seed, epoch).split(args.batch_size)
+        epoch_batches = itertools.islice(order, step % epoch_steps, last_step - epoch * epoch_steps)
+        bar = common.progress(epoch_batches, f"epoch {epoch + 1}/{args.epochs}", last_step - step)
+        for batch in bar:
+            lr = learning_rate(step, total_steps, warmup_steps, args.lr)
+            optimizer.param_groups[0]["lr"] = lr
+
+            # The pairs depend on the seed, the epoch and the step. Each process maps its share of
+            # their points, and computes the loss (Eq. 4) of all pairs.
+            rng = common.generator(args.seed, epoch, step - epoch * epoch_steps)
+            drawn = sample_pairs(graph, batch, args.ratio, rng)
+            i, pairs, Y = (common.to_device_of(train.x, v) for v in drawn)
+            own = i.chunk(processes)[accelerator.process_index]
+            g = gather(model(train.x[own]).float(), accelerator)
+            g1, g2 = g[pairs].unbind(1)
+            loss = contrastive_loss(g1, g2, Y, args.margin)
+
+            optimizer.zero_grad()
+            accelerator.backward(loss)
+            optimizer.step()
+
+            step += 1
+            losses.append(loss.detach())
+            minutes = (time.monotonic() - saved_at) / 60
+            if minutes > SAVE_MINUTES and step < last_step and accelerator.is_main_process:
+                if torch.stack(losses).isfinite().all():
+                    save_run(args.out, state())
+                saved_at = time.monotonic()
+
+        # The end of the epoch: all processes see the same loss, so all stop if it is not finite.
+        mean_loss = torch.stack(losses).mean().item()
+        seconds = time.monotonic() - started_at
+        row = {
+            "epoch": epoch + 1,
+            "step": step,
+            "loss": mean_loss,
+            "chance": collapsed_loss(args.batch_size, args.ratio, args.margin),
+            "spread": (g1.detach().std(0).norm() / args.margin).item(),  # of the last batch
+            "lr": lr,
+            "images_per_s": (step - first_step) * 2 * args.batch_size / seconds,
+            "minutes_left": (total_steps - step) / (step - first_step) * seconds / 60,
+        }
+        if not math.isfinite(mean_loss):
+            common.fail(
+                f"the loss of epoch {epoch + 1} is not finite: use a lower --lr and another --out"
+            )
+        if (epoch + 1) % args.eval_every == 0 or step == total_steps:
+            g, g_test = embed(G.eval(), train.x), embed(G, test.x)
+            row |= measure_map(g_test, test, g, train, len(classes), copies)
             G.train()
-        bar.clear()
-        say(" · ".join(f"{k} {v:.4g}" for k, v in row.items()))
-        if spread < 0.02:
-            say("warning: the map collapses to a point: take a lower --lr, more --ratio")
         rows.append(row)
-        sums, began = sums.zero_(), time.monotonic()
+        accelerator.print(common.format_row(row, CONSOLE_METRICS))
+        for problem in find_problems(row):
+            accelerator.print(f"warning: {problem}")
+        accelerator.log(row, step=step)
+        losses = []
         if accelerator.is_main_process:
-            with common.written_aside(out / "metrics.jsonl") as aside:
-                aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            with common.written_aside(out / "checkpoint.pt") as aside:
-                torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict(),
-                            "step": done, "rows": rows}, aside)
-    torch.manual_seed(args.seed)  # pca_lowrank draws
-    axes = torch.pca_lowrank(x.flatten(1), min(max(6, args.dim), len(x)), niter=9)[2][:, : args.dim]
-    ways = {"DrLIM": G.eval(), "PCA": lambda v: v.flatten(1) @ axes, "pixels": nn.Flatten()}
-    numbers, places, bank_places = zip(*map(measured, ways.values()), strict=True)
-    rows = [{"features": f"{name}, {g.shape[1]}-D", **row}
-            for name, g, row in zip(ways, places, numbers, strict=True)]
-    say(f"the map of the test images:\n{common.table(rows)}")
-    some = torch.randperm(len(x_test), generator=common.generator(args.seed))[:1000]
-    images, kinds = x_test[some].expand(-1, 3, -1, -1), some % S if S > 1 else y_test.cpu()[some]
-    pictures = torch.stack([draw_map(g[some], images, kinds) for g in places[:2]])
-    common.save_pictures(out / "map.png", pictures, 2)
-    if accelerator.is_main_process:
-        about |= {"method": "drlim", "image_size": size, "data": args.data}
-        if args.arch != "paper":
-            common.save_encoder(out / "encoder.safetensors", encoder, **about)
-        maps = {"coordinates": places[0], "labels": y_test, "indices": index_test}
-        maps |= {"train_coordinates": bank_places[0], "train_labels": y, "train_indices": index}
-        with common.written_aside(out / "map.npz") as aside:
-            np.savez(aside, **{name: v.cpu() for name, v in maps.items()})
-        with common.written_aside(out / "results.json") as aside:
-            aside.write_text(json.dumps(rows, indent=1))
+            save_run(args.out, state())
+        saved_at = time.monotonic()
+
+    # The end of the run: export the encoder, unless it is the paper's; write and print the results.
+    about = {
+        "method": "drlim",
+        "architecture": args.arch,
+        "stem": args.stem,
+        "image_size": args.image_size,
+        "data": args.data,
+    }
+    if accelerator.is_main_process and not is_paper:
+        common.save_encoder(args.out / "encoder.safetensors", encoder, **about)
+    finish_map(args, G, train, test, len(classes))
+    accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main()
+    with common.on_interrupt("the same command continues from the last checkpoint"):
+        main()

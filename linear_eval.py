@@ -2,25 +2,37 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.6", "torchvision>=0.21", "numpy>=1.26", "accelerate>=1.2"]
 # ///
-"""Evaluation of an encoder: linear probes, weighted k nearest neighbours, fine-tuning.
+"""Evaluation of an encoder: linear probes, weighted k nearest neighbors, fine-tuning.
 
     python linear_eval.py runs/simclr-fashion-mini/encoder.safetensors --labels 10 --seeds 5
     python linear_eval.py random --arch small --data fashion-mini --protocol finetune --labels 0.1
     accelerate launch linear_eval.py CHECKPOINT --data FOLDER --protocol linear-augmented
 
-ENCODER is a file of these scripts, another repository's checkpoint of a ResNet, or `random`.
+ENCODER is an encoder.safetensors of these scripts, the checkpoint of a ResNet from another
+repository, or `random`, an untrained encoder.
 
-linear: logistic regression on the features of uncropped images, computed once. A grid of learning
-rates and weight decays is trained side by side on nine tenths of the training labels; the pair that
-is best on the held-out tenth is trained again on all, and meets the test set once. knn: Wu et al.
-2018, §3.4. linear-augmented: a linear layer on random crops and flips, as the --recipe's authors
-did it. finetune: all weights, as SimCLR's authors did (B.5), and for 500 steps at least; else the
-encoder stays in eval mode, and is compared bit by bit with what it was. A seed draws the labelled
-images, the held-out tenth, the batches, the layer and a random encoder. Deviations: rates fall by
-step, the layer begins as torch's, crops are from .08 of the area.
+The protocols:
+- linear: logistic regression on the features of whole images, which are computed once. A grid of
+  learning rates and weight decays is trained on nine tenths of the training labels. The pair that
+  is best on the held-out tenth is trained again on all, and meets the test set once.
+- knn: weighted k nearest neighbors (Wu et al. 2018, section 3.4).
+- linear-augmented: a linear layer on random crops and flips, with the --recipe of a method's authors.
+- finetune: all weights on random crops and flips, as SimCLR's authors did (Appendix B.5), but for
+  at least 500 steps.
 
-Into --out (the encoder's folder) go eval.json, to which every evaluation adds its result, and
-neighbours.png: test images (left) and the nearest training images, framed green or red by class.
+But for finetune, the encoder stays in eval mode, and is compared bit by bit with what it was. A
+seed draws the labeled images, the held-out tenth, the batches, the new layer and a random encoder.
+
+Differences from the authors' recipes:
+- Learning rates change step by step, not once per epoch.
+- The new layer starts from PyTorch's own initialization.
+- Crops are at least 0.08 of the area.
+
+What it leaves in --out, by default the folder of the encoder:
+- eval.json, a list to which each evaluation adds its result
+- neighbours.png (linear and knn): test images (left), and the nearest training images of each, in a
+  green frame if the class is the same and a red one if not
+- map.png (linear and knn): test images at the place of their first two principal components
 """
 
 import argparse
@@ -28,165 +40,287 @@ import copy
 import itertools
 import json
 import math
-import os
-import sys
-from collections import Counter, namedtuple
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import tqdm
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torchvision.transforms.v2 import Normalize
 
 import common
-from common import ImageSet, RandomResizedCrop, fail
+from common import ImageSet, RandomResizedCrop
 
-STATISTICS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # mean and deviation
-              "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)), "none": ()}
+# Mean and standard deviation of the three channels of the inputs.
+STATISTICS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "none": (),
+}
+ON_FEATURES = ("linear", "knn")  # the protocols that see each image once
+
+# The ResNets that are recognized in other repositories' checkpoints, and the names there of
+# second encoders, which their authors do not evaluate.
 RESNETS = (*common.ARCHITECTURES[1:], "resnet101", "resnet152", "wide_resnet50_2")
-CACHED = ("linear", "knn")  # protocols that see every image once
-TWINS = ("encoder_k", "momentum", "target", "student")  # which their authors do not evaluate
+SECOND_ENCODERS = ("encoder_k", "momentum", "target", "student")
 
 
-# SGD, momentum .9; the rate, for this batch, falls by factor at drops, else as half a cosine.
-Recipe = namedtuple("Recipe", "lr batch_size epochs weight_decay nesterov factor drops",
-                    defaults=(0.0, False, 1.0, ()))
-RECIPES = {"moco": Recipe(30, 256, 100, factor=0.1, drops=(0.6, 0.8)),
-           "swav": Recipe(0.3, 256, 100, weight_decay=1e-6),
-           "simclr": Recipe(0.1, 256, 90, nesterov=True),
-           "supcon": Recipe(5, 512, 100, factor=0.2, drops=(0.6, 0.75, 0.9))}
+class Recipe(NamedTuple):
+    """SGD with momentum 0.9. The rate falls by a cosine or, if there are drops, by a factor there."""
+
+    lr: float  # at this batch size
+    batch_size: int
+    epochs: int
+    weight_decay: float = 0.0
+    nesterov: bool = False
+    factor: float = 1.0
+    drops: tuple[float, ...] = ()  # shares of the training
+
+
+RECIPES = {
+    "moco": Recipe(30, 256, 100, factor=0.1, drops=(0.6, 0.8)),
+    "swav": Recipe(0.3, 256, 100, weight_decay=1e-6),
+    "simclr": Recipe(0.1, 256, 90, nesterov=True),
+    "supcon": Recipe(5, 512, 100, factor=0.2, drops=(0.6, 0.75, 0.9)),
+}
 FINETUNE = Recipe(0.05, 256, 30, nesterov=True)
 
-# ----------------------------------------------------------------------------- arguments
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags, checked as far as they can be without the data."""
-    p = argparse.ArgumentParser("linear_eval.py", description=__doc__.splitlines()[0],
-                                allow_abbrev=False)
-    p.error = fail
 
-    def flag(name: str, help: str, default: object = None, **more: object) -> None:
-        shown = "" if default is None else " (default: %(default)s)"
-        p.add_argument(name, help=help + shown, default=default, **more)
-    flag("encoder", help="an encoder.safetensors of these scripts, a foreign checkpoint, or random")
-    flag("--protocol", choices=(*CACHED, "linear-augmented", "finetune"), default="linear",
-         help="how it is evaluated")
-    flag("--recipe", choices=RECIPES, help="of linear-augmented (default: the encoder's or simclr)")
-    flag("--data", help=f"{', '.join(common.SETS)} or a folder (default: what it was trained on)")
-    flag("--root", default="data", help="folder where torchvision's sets are or will be put")
-    flag("--limit", type=int, help="use the first so many training images of a fixed shuffle")
-    flag("--stream", action="store_true", help="read image files anew each time, as if too many")
-    flag("--image-size", type=int, help="side of the images in pixels (default: as in training)")
-    flag("--normalize", choices=STATISTICS, help="input statistics (foreign files: imagenet)")
-    flag("--arch", choices=common.ARCHITECTURES, default="resnet18", help="the random encoder's")
-    flag("--stem", choices=("3x3", "7x7"), help="the random encoder's (default: by the size)")
-    flag("--labels", type=float, help="labelled images a class, below 1 a share (default: all)")
-    flag("--seeds", type=int, help="runs, with the seeds from 0 on (default: 3, on crops 1)")
-    flag("--epochs", type=int, help="passes over the crops (default: the recipe's)")
-    flag("--lr", type=float, help="first rate on the crops (default: the recipe's, by the batch)")
-    flag("--batch-size", type=int, help="images a step, over all processes (default: the recipe's)")
-    flag("--knn-k", type=int, default=20, help="neighbours of the kNN protocol")
-    flag("--knn-temperature", type=float, default=0.07, help="temperature of the kNN's votes")
-    flag("--workers", type=int, help="readers of files, of each process (default: cores, to 16)")
-    flag("--features", type=Path, help="write the features to this .npz file (linear and knn)")
-    flag("--out", type=Path, help="folder of the results (default: the encoder's)")
-    args = p.parse_args(argv)
-    for name, value in vars(args).items():
-        part = name == "labels" and value and value > 1 and value % 1
-        if isinstance(value, int | float) and (not 0 < value < math.inf or part):
-            fail(f"--{name.replace('_', '-')} {value} is out of range")
-    file = args.features
-    if file and (args.protocol not in CACHED or file.exists() or not file.parent.is_dir()):
-        fail(f"--features {file}: of linear or knn, a new name in a folder that exists")
-    return args
+# --------------------------------------------------------------------------------------
+# Encoders of other repositories
+# --------------------------------------------------------------------------------------
 
-# ------------------------------------------------------------------------------ encoders
+
 def flatten(tree: object, *path: str) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of nested dicts by path, without the parts that DDP and torch.compile put in."""
+    """The names and values of all tensors in nested dictionaries.
+
+    "module" and "_orig_mod", which DDP and torch.compile add to names, are left out.
+    """
     if isinstance(tree, Tensor):
-        yield ".".join(v for v in path if v not in ("module", "_orig_mod")), tree
-    for key, value in tree.items() if isinstance(tree, dict) else ():
-        yield from flatten(value, *path, *str(key).split("."))
+        yield ".".join(part for part in path if part not in ("module", "_orig_mod")), tree
+    elif isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from flatten(value, *path, *str(key).split("."))
+
+
+@dataclass
+class Match:
+    """How well a part of a checkpoint fits a ResNet.
+
+    Attributes:
+        architecture, stem: of the ResNet.
+        prefix: what stands before torchvision's names in the checkpoint.
+        weights: the tensors with this prefix, under torchvision's names.
+        wrong: names that are missing, of another shape, or too many.
+    """
+
+    architecture: str
+    stem: str
+    prefix: str
+    weights: dict[str, Tensor]
+    wrong: list[str]
+
+
+def match_resnet(found: dict[str, Tensor], prefix: str, architecture: str, stem: str) -> Match:
+    """Compare the tensors under a prefix with those of a ResNet."""
+    weights = {}
+    for name, value in found.items():
+        if name.startswith(prefix):
+            ours = name.removeprefix(prefix).replace("shortcut.", "downsample.")  # SupContrast's
+            weights[ours] = value
+    with torch.device("meta"):  # shapes without memory
+        wanted = common.build_encoder(architecture, stem).state_dict()
+    wrong = [
+        name
+        for name, value in wanted.items()
+        if "num_batches" not in name and (name not in weights or weights[name].shape != value.shape)
+    ]
+    wrong += [name for name in weights if name.startswith("layer") and name not in wanted]
+    return Match(architecture, stem, prefix, weights, wrong)
+
+
+def match_checkpoint(found: dict[str, Tensor]) -> Match:
+    """Find the ResNet in a checkpoint: the one of which the fewest tensors are wrong."""
+    first_layers = [
+        name
+        for name, value in found.items()
+        if name.endswith("conv1.weight") and value.shape[1:2] == (3,)
+    ]
+    first_layers.sort(key=lambda name: any(second in name for second in SECOND_ENCODERS))
+    prefixes = [name.removesuffix("conv1.weight") for name in first_layers] or [""]
+    candidates = itertools.product(prefixes, RESNETS, ("7x7", "3x3"))
+    matches = [match_resnet(found, *candidate) for candidate in candidates]
+    return min(matches, key=lambda match: len(match.wrong))
+
+
+def read_tensors(path: str) -> object:
+    """The content of another repository's checkpoint, of which no code is run."""
+    try:
+        if path.endswith(".safetensors"):
+            return safetensors.torch.load_file(path)
+        # Many checkpoints hold the flags of their script as a Namespace, which is harmless.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # A damaged file can raise almost any exception.
+        text = str(error)
+        if "GLOBAL " in text:
+            name = text.partition("GLOBAL ")[2].split()[0]
+            reason = f"it holds {name}, which is code"
+        else:
+            reason = text.partition("Weights only load")[0][:200] or "it holds no tensors"
+        common.fail(f"{path} was not loaded ({reason}): use a checkpoint that holds only tensors")
 
 
 def open_encoder(path: str) -> tuple[nn.Module, dict[str, str], str]:
-    """The encoder of a file of these scripts and its metadata; or the ResNet of another checkpoint,
-    and a line on what of the file was used and what was not. Neither: fail()."""
-    try:
-        if path.endswith(".safetensors"):
-            with safetensors.safe_open(path, "pt") as file:
-                if "architecture" in (file.metadata() or {}):
-                    return *common.load_encoder(path), ""
-            tree = safetensors.torch.load_file(path)
-        else:  # a Namespace is how many keep their flags; it holds no code
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                tree = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files lead to nearly everything
-        code = str(error).partition("GLOBAL ")[2].split()
-        why = f"it holds {code[0]}, code" if code else str(error).partition("Weights only load")[0]
-        fail(f"{path} is not loaded ({why[:200] or 'no tensors'}): take a checkpoint of tensors")
-    if {"model", "optimizer", "rows"} <= set(tree if isinstance(tree, dict) else ()):
-        fail(f"{path} is the state of a run: take encoder.safetensors, which its end writes beside")
-    found = dict(flatten(tree))
-    stems = [k for k, v in found.items() if k.endswith("conv1.weight") and v.shape[1:2] == (3,)]
-    stems.sort(key=lambda k: any(v in k for v in TWINS))
-    fits = []
-    for first, architecture, stem in itertools.product(stems or [""], RESNETS, ("7x7", "3x3")):
-        prefix = first.removesuffix("conv1.weight")
-        weights = {k.removeprefix(prefix).replace("shortcut.", "downsample."): v  # SupContrast's
-                   for k, v in found.items() if k.startswith(prefix)}
-        with torch.device("meta"):
-            wanted = common.build_encoder(architecture, stem).state_dict()
-        off = [k for k, v in wanted.items() if "num_batches" not in k
-               and (k not in weights or weights[k].shape != v.shape)]
-        off += [k for k in weights if k.startswith("layer") and k not in wanted]
-        fits.append((len(off), architecture, stem, off, wanted, prefix, weights))
-    n, architecture, stem, off, wanted, prefix, weights = min(fits, key=lambda fit: fit[0])
-    if n:
-        fail(f"{path}: {', '.join([*found][:3]) or 'nothing'} and so on is no ResNet known here; "
-             f"for {architecture}, {stem} stem, {n} tensors are not as {off[0]} should be")
-    encoder = common.build_encoder(architecture, stem)
-    encoder.load_state_dict({k: v for k, v in weights.items() if k in wanted}, strict=False)
-    unused = Counter(".".join(k.split(".")[:2]) for k in found if not k.startswith(prefix))
-    unused.update(prefix + k.split(".")[0] for k in weights if k not in wanted)
-    return encoder, {}, f"{architecture}, {stem} stem, from {prefix or 'the top'}; not used: " + (
-        ", ".join(f"{k} ({n})" for k, n in unused.items()) or "nothing")
+    """Load an encoder of these scripts, or the ResNet of another repository's checkpoint.
 
-# ----------------------------------------------------------------------------- protocols
-def train(encoder: nn.Module, data: ImageSet, classes: int, size: int, recipe: Recipe, frozen: bool,
-          seed: int, accelerator: Accelerator) -> nn.Module:
-    """The encoder (as it is if `frozen`) and a new linear layer, trained on crops. On CPUs, without
-    synchronised BN, each process trains all of it on the whole batch: exact, and no faster."""
+    Returns:
+        The encoder; its metadata, if it is one of these scripts'; and otherwise a line on what of
+        the file was used and what was not.
+
+    Raises:
+        SystemExit: if there is no encoder in the file. The message is one line.
+    """
+    if path.endswith(".safetensors") and _is_ours(path):
+        return *common.load_encoder(path), ""
+    tree = read_tensors(path)
+    if isinstance(tree, dict) and {"model", "optimizer", "rows"} <= set(tree):
+        common.fail(
+            f"{path} is the checkpoint of a run of these scripts: use encoder.safetensors, which "
+            "the run writes at its end"
+        )
+    found = dict(flatten(tree))
+    match = match_checkpoint(found)
+    if match.wrong:
+        names = ", ".join(list(found)[:3]) or "nothing"
+        common.fail(
+            f"{path} holds no ResNet that is known here (it holds {names} and so on): for "
+            f"{match.architecture} with the {match.stem} stem, {len(match.wrong)} tensors are "
+            f"wrong, such as {match.wrong[0]}"
+        )
+
+    encoder = common.build_encoder(match.architecture, match.stem)
+    names = encoder.state_dict()
+    used = {name: value for name, value in match.weights.items() if name in names}
+    encoder.load_state_dict(used, strict=False)
+    rest = [".".join(n.split(".")[:2]) for n in found if not n.startswith(match.prefix)]
+    rest += [match.prefix + name.split(".")[0] for name in match.weights if name not in names]
+    unused = ", ".join(f"{name} ({count})" for name, count in Counter(rest).items())
+    note = f"{match.architecture}, {match.stem} stem, from {match.prefix or 'the top'}"
+    return encoder, {}, f"{note}; not used: {unused or 'nothing'}"
+
+
+def _is_ours(path: str) -> bool:
+    """Whether the metadata of a .safetensors file are those of these scripts."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return "architecture" in (file.metadata() or {})
+    except Exception as error:  # A damaged file can raise almost any exception.
+        common.fail(f"{path} was not loaded ({error}): use a checkpoint that holds only tensors")
+
+
+# --------------------------------------------------------------------------------------
+# Training on crops and flips
+# --------------------------------------------------------------------------------------
+
+
+def choose_recipe(
+    args: argparse.Namespace, about: dict[str, str], labeled: int, images: int
+) -> tuple[str, Recipe]:
+    """The recipe for linear-augmented or finetune, adapted to the flags and the images.
+
+    Args:
+        args: the flags.
+        about: metadata of the encoder; its method chooses the default recipe.
+        labeled: how many training images have labels.
+        images: how many training images there are.
+
+    Returns:
+        The name of the recipe, and the recipe.
+    """
+    candidates = (args.recipe, about.get("method"), "simclr")
+    name = next(candidate for candidate in candidates if candidate in RECIPES)
+    recipe = FINETUNE if args.protocol == "finetune" else RECIPES[name]
+    batch_size = min(labeled, args.batch_size or recipe.batch_size)
+    epochs = recipe.epochs
+    if recipe is FINETUNE:
+        # As SimCLR's authors did, twice as long with few labels; and on a handful 500 steps.
+        if labeled < 0.05 * images:
+            epochs = 2 * epochs
+        epochs = max(epochs, math.ceil(500 / (labeled // batch_size)))
+    lr = args.lr or recipe.lr * batch_size / recipe.batch_size
+    return name, recipe._replace(lr=lr, batch_size=batch_size, epochs=args.epochs or epochs)
+
+
+def train(
+    encoder: nn.Sequential,
+    images: ImageSet,
+    classes: int,
+    size: int,
+    recipe: Recipe,
+    frozen: bool,
+    seed: int,
+    accelerator: Accelerator,
+) -> nn.Module:
+    """Train a linear layer on an encoder, and the encoder too unless it is frozen.
+
+    On CPUs, where batch norm cannot be synchronized, every process trains on the whole batch. That
+    is exact, and no faster than one process.
+
+    Args:
+        encoder: normalization of the inputs, then an encoder with an attribute `width`.
+        images: the labeled training images.
+        classes: how many there are.
+        size: side of the crops, in pixels.
+        recipe: how to train.
+        frozen: leave the encoder as it is, in eval mode.
+        seed: of the layer, the batches and the crops.
+        accelerator: of the run.
+
+    Returns:
+        The encoder with its layer.
+    """
     device, processes = accelerator.device, accelerator.num_processes
     torch.manual_seed(seed)
-    net = nn.Sequential(encoder, nn.Linear(encoder[1].width, classes)).to(device)
-    fixed, model = (encoder, net[1]) if frozen else (nn.Identity(), net)
-    shared = not frozen and processes > 1 and device.type == "cuda"
-    if shared:
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-        model = accelerator.prepare(net)
+    network = nn.Sequential(encoder, nn.Linear(encoder[1].width, classes)).to(device)
+    fixed, model = (encoder, network[1]) if frozen else (nn.Identity(), network)
+    is_shared = not frozen and processes > 1 and device.type == "cuda"
+    if is_shared:
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        model = accelerator.prepare(network)
     fixed.eval()
     model.train()
-    optimizer = torch.optim.SGD(model.parameters(), recipe.lr, 0.9, nesterov=recipe.nesterov,
-                                weight_decay=recipe.weight_decay)
-    batch, crops = recipe.batch_size, [(1, [RandomResizedCrop(size)])]
-    steps = recipe.epochs * (len(data) // batch)
-    drops = [round(v * steps) for v in recipe.drops]
-    scheduler = (lr_scheduler.MultiStepLR(optimizer, drops, recipe.factor) if drops
-                 else lr_scheduler.CosineAnnealingLR(optimizer, steps))
-    bar = tqdm(common.batches(data, crops, batch, seed, 0, steps), f"seed {seed}", steps,
-               disable=not sys.stderr.isatty())
-    for _, index, (x,) in bar:
+
+    steps = recipe.epochs * (len(images) // recipe.batch_size)
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        recipe.lr,
+        momentum=0.9,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.nesterov,
+    )
+    if recipe.drops:
+        drops = [round(share * steps) for share in recipe.drops]
+        scheduler = lr_scheduler.MultiStepLR(optimizer, drops, recipe.factor)
+    else:
+        scheduler = lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+    crops = [(1, [RandomResizedCrop(size)])]
+    batches = common.batches(images, crops, recipe.batch_size, seed, start=0, stop=steps)
+    for index, (views,) in common.progress(batches, f"seed {seed}", steps):
+        x, y = views[0].contiguous(memory_format=torch.channels_last), images.labels[index]
         with torch.no_grad(), accelerator.autocast():
-            x = fixed(x[0].contiguous(memory_format=torch.channels_last)).float()
-        y = data.labels[index].to(device)
-        if not shared:
+            x = fixed(x).float()
+        y = y.to(device)
+        if not is_shared:
             x, y = accelerator.gather((x, y))
         with accelerator.autocast():
             loss = F.cross_entropy(model(x).float(), y)
@@ -194,130 +328,343 @@ def train(encoder: nn.Module, data: ImageSet, classes: int, size: int, recipe: R
         loss.backward()
         optimizer.step()
         scheduler.step()
-    return net
+    return network
 
 
-def draw_neighbours(path: Path, features: Sequence[Tensor], sets: Sequence[ImageSet]) -> None:
-    """A row for each of ten test images: itself and its eight nearest training images."""
-    (h, h_test), (bank, test) = features, sets
-    queries, side = torch.randperm(len(test), generator=common.generator(0))[:10], bank.side
-    near = F.normalize(h_test[queries], dim=1) @ F.normalize(h, dim=1).T
-    near = near.topk(min(8, len(bank)), dim=1).indices.cpu()
-    shown = bank.centres(near.flatten(), side).unflatten(0, near.shape)
-    shown = torch.cat([test.centres(queries, side)[:, None], shown], 1).flatten(0, 1)
-    other = bank.labels[near] != test.labels[queries, None]
-    colours = torch.tensor([[1, 1, 1], [0.1, 0.7, 0.2], [0.9, 0.1, 0.1]])  # white, green, red
-    frame = -(-side // 20)
-    framed = colours[F.pad(other + 1, (1, 0)).flatten()][:, :, None, None].repeat(
-        1, 1, side + 2 * frame, side + 2 * frame)
-    framed[:, :, frame:-frame, frame:-frame] = shown.cpu()
-    common.save_pictures(path, framed, 1 + near.shape[1])
+# --------------------------------------------------------------------------------------
+# Pictures and results
+# --------------------------------------------------------------------------------------
 
-# ---------------------------------------------------------------------------------- main
-def main(argv: Sequence[str] | None = None) -> None:
-    """Evaluate args.encoder, print the table and add the result to eval.json."""
+
+def save_neighbors(path: Path, h: Tensor, bank: ImageSet, h_test: Tensor, test: ImageSet) -> None:
+    """Save ten test images, each with its eight nearest training images in colored frames."""
+    side = bank.side
+    queries = torch.randperm(len(test), generator=common.generator(0))[:10]
+    cosine = F.normalize(h_test[queries], dim=1) @ F.normalize(h, dim=1).T
+    nearest = cosine.topk(min(8, len(bank)), dim=1).indices.cpu()
+    images = bank.centers(nearest.flatten(), side).unflatten(0, nearest.shape)
+    images = torch.cat([test.centers(queries, side)[:, None], images], dim=1).flatten(0, 1)
+
+    white_green_red = torch.tensor([[1, 1, 1], [0.1, 0.7, 0.2], [0.9, 0.1, 0.1]])
+    is_other = bank.labels[nearest] != test.labels[queries, None]
+    color = F.pad(is_other + 1, (1, 0)).flatten()  # 0 for the test image, then 1 or 2
+    frame = math.ceil(side / 20)
+    framed = white_green_red[color][:, :, None, None].repeat(
+        1, 1, side + 2 * frame, side + 2 * frame
+    )
+    framed[:, :, frame:-frame, frame:-frame] = images.cpu()
+    common.save_pictures(path, framed, 1 + nearest.shape[1])
+
+
+def save_map(path: Path, h_test: Tensor, test: ImageSet) -> None:
+    """Save up to 1,000 test images at the place of their first two principal components."""
+    sample = torch.randperm(len(test), generator=common.generator(0))[:1000]
+    coordinates = h_test @ common.principal_axes(h_test, 2, seed=0)
+    images = test.centers(sample, min(32, test.side))
+    picture = common.draw_map(coordinates[sample.to(h_test.device)], images, test.labels[sample])
+    common.save_pictures(path, picture[None], 1)
+
+
+def read_record(path: Path) -> list:
+    """The results so far of eval.json. Fails if there is another file, or no place to write it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            results = json.loads(path.read_text()) if path.exists() else []
+    except (OSError, ValueError) as error:
+        common.fail(f"{path} cannot be used ({error}): choose another --out")
+    if not isinstance(results, list):
+        common.fail(f"{path} holds no list of results: choose another --out")
+    return results
+
+
+# --------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------
+
+
+def label_count(text: str) -> float:
+    """A type for --labels: a whole number, or a share below 1."""
+    value = common.positive_float(text)
+    if value > 1 and value % 1:
+        raise argparse.ArgumentTypeError(f"{text} is neither a whole number nor a share below 1")
+    return value
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the flags."""
+    parser = argparse.ArgumentParser(
+        "linear_eval.py",
+        description=__doc__.splitlines()[0],
+        formatter_class=common.HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.error = common.fail
+    parser.add_argument(
+        "encoder", help="encoder.safetensors of these scripts, another checkpoint, or random"
+    )
+    common.add_data_arguments(parser, data=None)
+
+    add = parser.add_argument_group("encoder").add_argument
+    add(
+        "--image-size",
+        type=common.int_above_1,
+        help="side of the images in pixels (default: as in training)",
+    )
+    add(
+        "--normalize",
+        choices=STATISTICS,
+        help="statistics of the inputs (default: none, and imagenet for other repositories' files)",
+    )
+    add(
+        "--arch",
+        choices=common.ARCHITECTURES,
+        default="resnet18",
+        help="architecture of the random encoder",
+    )
+    add(
+        "--stem",
+        choices=("3x3", "7x7"),
+        help="first layer of the random encoder (default: 3x3 up to 64 pixels)",
+    )
+
+    add = parser.add_argument_group("protocol").add_argument
+    add(
+        "--protocol",
+        choices=(*ON_FEATURES, "linear-augmented", "finetune"),
+        default="linear",
+        help="how the encoder is evaluated",
+    )
+    add(
+        "--labels",
+        type=label_count,
+        help="labeled images of each class or, below 1, their share (default: all)",
+    )
+    add(
+        "--seeds",
+        type=common.positive_int,
+        help="number of runs, with the seeds from 0 on (default: 3; on crops 1)",
+    )
+    add("--knn-k", type=common.positive_int, default=20, help="number of neighbors of knn")
+    add(
+        "--knn-temperature",
+        type=common.positive_float,
+        default=0.07,
+        help="temperature of the neighbors' votes",
+    )
+    add(
+        "--recipe",
+        choices=RECIPES,
+        help="whose linear-augmented recipe to use (default: that of the encoder's method)",
+    )
+    add(
+        "--epochs",
+        type=common.positive_int,
+        help="passes over the crops (default: the recipe's)",
+    )
+    add(
+        "--lr",
+        type=common.positive_float,
+        help="first learning rate on crops (default: the recipe's, by batch size)",
+    )
+    add(
+        "--batch-size",
+        type=common.positive_int,
+        help="images per step, over all processes (default: the recipe's)",
+    )
+
+    add = parser.add_argument_group("results").add_argument
+    add("--out", type=Path, help="folder of the results (default: that of the encoder)")
+    add("--features", type=Path, help="new .npz file for the features (linear and knn)")
+
+    args = parser.parse_args(argv)
+    if args.features:
+        if args.protocol not in ON_FEATURES:
+            common.fail("--features is for --protocol linear and knn")
+        if args.features.exists() or not args.features.parent.is_dir():
+            common.fail(f"--features {args.features} must be a new file in a folder that exists")
+    return args
+
+
+# --------------------------------------------------------------------------------------
+# Evaluation
+# --------------------------------------------------------------------------------------
+
+
+def draw_labeled(args: argparse.Namespace, bank: ImageSet, seeds: int) -> list[Tensor]:
+    """The labeled training images of each seed, as indices."""
+    if args.labels is None:
+        draws = [torch.arange(len(bank))] * seeds
+    else:
+        least = int(bank.labels.bincount().min())
+        if args.labels > least:
+            common.fail(f"--labels {args.labels:g}: there is a class of only {least} images")
+        draws = [
+            common.draw_per_class(bank.labels, args.labels, common.generator(seed))
+            for seed in range(seeds)
+        ]
+    needed = args.knn_k if args.protocol == "knn" else 2
+    if len(draws[0]) < needed:
+        common.fail(
+            f"{needed} labeled images are needed (--knn-k, or 2), but --limit and --labels leave "
+            f"only {len(draws[0])}"
+        )
+    return draws
+
+
+def describe(args: argparse.Namespace, name: str, recipe: Recipe) -> str:
+    """The protocol and its settings, in words."""
+    how = args.protocol
+    if args.protocol == "knn":
+        how = f"kNN, k = {args.knn_k}, T = {args.knn_temperature}"
+    elif args.protocol == "linear-augmented":
+        how += f", {name}"
+    if args.protocol not in ON_FEATURES:
+        how += f", rate {recipe.lr:.4g}, {recipe.epochs} epochs of {recipe.batch_size}"
+    return how + (f", {args.labels:g} labels a class" if args.labels else ", all labels")
+
+
+def check_unchanged(encoder: nn.Module, before: dict[str, Tensor]) -> None:
+    """Raise RuntimeError if the evaluation has changed the encoder."""
+    changed = [
+        name for name, value in encoder.state_dict().items() if not torch.equal(value, before[name])
+    ]
+    if changed:
+        raise RuntimeError(f"the evaluation changed the frozen encoder: {changed}")
+
+
+def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
+    """Evaluate an encoder, print the table and add the result to eval.json."""
     args = parse_arguments(argv)
     accelerator = Accelerator()
-    device, processes, say = accelerator.device, accelerator.num_processes, accelerator.print
-    if device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        torch.set_num_threads(os.cpu_count() // processes or 1)  # accelerate launch: one
-    cached, untrained, about, said = args.protocol in CACHED, args.encoder == "random", {}, ""
-    if not untrained:
-        encoder, about, said = open_encoder(args.encoder)
-    data = args.data or about.get("data", "" if said else "fashion-mini")
+    device, processes = accelerator.device, accelerator.num_processes
+    common.check_launcher()
+    common.tune_cpu(device)
+
+    # Encoder: one of these scripts, another repository's (with a note on what was used), or random.
+    is_random = args.encoder == "random"
+    about, note = {}, ""
+    if not is_random:
+        encoder, about, note = open_encoder(args.encoder)
+    if note and not args.data:
+        common.fail(f"--data is needed: {args.encoder} does not say what it was trained on")
+
+    # Data, and the labeled images of each seed.
+    data = args.data or about.get("data", "fashion-mini")
     _, bank, test = common.load_splits(
-        data, args.root, args.limit, device, args.workers, args.stream)
+        data, args.root, args.limit, device, args.workers, args.stream
+    )
     if not bank:
-        fail(f"--data {data} has no classes: take a set, or a folder with train and val or test")
-    labels, classes = bank.labels, int(bank.labels.max()) + 1
+        common.fail(
+            f"--data {data} has no classes: use a data set, or a folder with train and val or test"
+        )
+    classes = int(bank.labels.max()) + 1
     size = args.image_size or int(about.get("image_size", bank.side))
     stem = args.stem or ("3x3" if size <= 64 else "7x7")
-    statistics = args.normalize or ("imagenet" if said else "none")
-    if said:
-        say(f"{args.encoder}: {said}; --normalize {statistics}")
-    if args.labels and args.labels > (least := int(labels.bincount().min())):
-        fail(f"--labels {args.labels}: a class has only {least} images")
-    draws = [common.some_of_each(labels, args.labels, common.generator(seed)) if args.labels else
-             torch.arange(len(bank)) for seed in range(args.seeds or 1 + 2 * cached)]
-    used = len(draws[0])
-    if used < (needed := args.knn_k if args.protocol == "knn" else 2):
-        fail(f"{needed} labelled images (--knn-k, or 2) are needed; --limit, --labels leave {used}")
-    name = next(v for v in (args.recipe, about.get("method"), "simclr") if v in RECIPES)
-    recipe = FINETUNE if args.protocol == "finetune" else RECIPES[name]
-    batch, epochs = min(used, args.batch_size or recipe.batch_size), recipe.epochs
-    if recipe is FINETUNE:  # twice as long with few labels, and on a handful 500 steps
-        epochs = max(epochs * (1 + (used < 0.05 * len(bank))), -(-500 // (used // batch)))
-    recipe = recipe._replace(lr=args.lr or recipe.lr * batch / recipe.batch_size,
-                             batch_size=batch, epochs=args.epochs or epochs)
-    how = {"knn": f"kNN, k = {args.knn_k}, T = {args.knn_temperature}",
-           "linear-augmented": f"linear-augmented, {name}"}.get(args.protocol, args.protocol)
-    how += "" if cached else f", rate {recipe.lr:.4g}, {recipe.epochs} epochs of {batch}"
-    how += f", {args.labels:g} labels a class" if args.labels else ", all labels"
-    if not cached and (batch < 2 or batch % processes):
-        fail(f"--batch-size: {batch} images a step are less than 2 or no multiple of {processes}")
-    per = max(1, (args.batch_size or 256 * processes) // processes)  # images a forward pass
-    out = args.out or (Path("runs", f"random-{args.arch}-{Path(data).name}") if untrained
-                       else Path(args.encoder).parent)
-    record = out / "eval.json"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        record.with_name(".partial-eval.json").touch()  # it can be written
-        list.copy(json.loads(record.read_text()) if record.exists() else [])
-    except (OSError, ValueError, TypeError) as error:  # the last: it holds no list
-        fail(f"{record} cannot be used ({error}): take another --out")
-    rows, hits = [], []
-    for seed, index in enumerate(draws):
-        if untrained:
+    statistics = args.normalize or ("imagenet" if note else "none")
+    if note:
+        accelerator.print(f"{args.encoder}: {note}; --normalize {statistics}")
+    on_features = args.protocol in ON_FEATURES
+    seeds = args.seeds or (3 if on_features else 1)
+    draws = draw_labeled(args, bank, seeds)
+
+    # Protocol.
+    name, recipe = choose_recipe(args, about, len(draws[0]), len(bank))
+    if not on_features and (recipe.batch_size < 2 or recipe.batch_size % processes):
+        common.fail(
+            f"--batch-size {recipe.batch_size} must be at least 2 and a multiple of the "
+            f"{processes} processes"
+        )
+    images_at_once = max(1, (args.batch_size or 256 * processes) // processes)
+    how = describe(args, name, recipe)
+    if args.out is None and is_random:
+        args.out = Path("runs", f"random-{args.arch}-{Path(data).absolute().name}")
+    elif args.out is None:
+        args.out = Path(args.encoder).parent
+    record = args.out / "eval.json"
+    read_record(record)
+    accelerator.print(f"evaluating {args.encoder} on {data}: {how}")
+
+    runs, hits = [], []
+    for seed, labeled in enumerate(draws):
+        # A random encoder is another one for every seed; any other has the same features for all.
+        if is_random:
             torch.manual_seed(seed)
             encoder = common.build_encoder(args.arch, stem)
-        row, y, fresh = {"seed": seed}, labels[index], untrained or seed == 0
-        if fresh:
+        if is_random or seed == 0:
             before = Normalize(*STATISTICS[statistics]) if statistics != "none" else nn.Identity()
-            encoder = nn.Sequential(before, encoder).to(device, memory_format=torch.channels_last)
-        state = {k: v.clone() for k, v in encoder.state_dict().items()}
-        if cached and fresh:
-            h, h_test = (common.extract_features(encoder, v, size, per) for v in (bank, test))
+            network = nn.Sequential(before, encoder)
+            network = network.to(device, memory_format=torch.channels_last)
+            original = {name: v.clone() for name, v in network.state_dict().items()}
+            if on_features:
+                h = common.extract_features(network, bank, size, images_at_once)
+                h_test = common.extract_features(network, test, size, images_at_once)
+
+        y, chosen = bank.labels[labeled], {}
         if args.protocol == "knn":
             scores = common.knn_predict(
-                h[index], y, h_test, args.knn_k, args.knn_temperature, classes)
+                h[labeled], y, h_test, args.knn_k, args.knn_temperature, classes
+            )
         elif args.protocol == "linear":
-            scores, chosen = common.linear_probe(h[index], y, h_test, classes, seed)
-            row |= {k: f"{v:g}" for k, v in chosen.items()}
+            scores, chosen = common.linear_probe(h[labeled], y, h_test, classes, seed)
         else:
             frozen = args.protocol == "linear-augmented"
-            net = train(encoder if frozen else copy.deepcopy(encoder), bank.take(index) if
-                        args.labels else bank, classes, size, recipe, frozen, seed, accelerator)
-            scores = common.extract_features(net, test, size, per)
-        if moved := [k for k, v in encoder.state_dict().items() if not torch.equal(v, state[k])]:
-            raise RuntimeError(f"the evaluation changed the frozen encoder: {moved}")
+            start = network if frozen else copy.deepcopy(network)
+            images = bank if args.labels is None else bank.take(labeled)
+            trained = train(start, images, classes, size, recipe, frozen, seed, accelerator)
+            scores = common.extract_features(trained, test, size, images_at_once)
+        check_unchanged(network, original)
         if not scores.isfinite().all():
-            fail(f"seed {seed}: scores are not finite: take a lower --lr, or another encoder")
-        row["top-1"], row["top-5"] = (common.accuracy(scores, test.labels, k) for k in (1, 5))
+            common.fail(
+                f"the scores of seed {seed} are not finite: use a lower --lr or another encoder"
+            )
+
+        run = {"seed": seed} | {name: f"{value:g}" for name, value in chosen.items()}
+        run["top-1"] = common.accuracy(scores, test.labels, 1)
+        run["top-5"] = common.accuracy(scores, test.labels, 5)
+        runs.append(run)
         hits.append(scores.argmax(1).cpu() == test.labels)
-        rows.append(row)
-    top = torch.tensor([[row["top-1"], row["top-5"]] for row in rows])
+
+    # Results: printed, drawn, and added to eval.json.
+    top = torch.tensor([[run["top-1"], run["top-5"]] for run in runs])
     mean, std = top.mean(0).tolist(), top.std(0, correction=min(1, len(top) - 1)).tolist()
-    say(f"{common.table(rows)}\n{data}, {how}, {len(rows)} seeds: "
-        f"top-1 {mean[0]:.2f} ± {std[0]:.2f} %, top-5 {mean[1]:.2f} ± {std[1]:.2f} %")
-    if cached:
-        draw_neighbours(out / "neighbours.png", (h, h_test), (bank, test))
+    accelerator.print(
+        f"{common.format_table(runs)}\n{data}, {how}, {len(runs)} seeds: "
+        f"top-1 {mean[0]:.2f} ± {std[0]:.2f} %, top-5 {mean[1]:.2f} ± {std[1]:.2f} %"
+    )
+    if on_features:
+        save_neighbors(args.out / "neighbours.png", h, bank, h_test, test)
+        save_map(args.out / "map.png", h_test, test)
+    if args.features:
+        arrays = {"train": h, "train_labels": bank.labels, "test": h_test}
+        common.save_arrays(args.features, arrays | {"test_labels": test.labels})
     if not accelerator.is_main_process:
         return
-    settings = {k: v if isinstance(v, int | float) else str(v) for k, v in vars(args).items() if v}
-    settings |= {"data": data, "image_size": size, "normalize": statistics}
-    right = 100 * torch.stack(hits).float().mean(0)
-    per_class = {c: right[test.labels == i].mean().item() for i, c in enumerate(bank.classes)}
-    result = {"how": how, "settings": settings, "torch": version("torch"), "top-1": mean[0],
-              "top-1 std": std[0], "top-5": mean[1], "top-5 std": std[1], "per-class": per_class}
-    results = json.loads(record.read_text()) if record.exists() else []  # now with others' too
-    with common.written_aside(record) as aside:
-        aside.write_text(json.dumps([*results, result | {"runs": rows}], indent=1))
-    say(f"wrote {record}")
-    if args.features:
-        with common.written_aside(args.features) as aside, aside.open("wb") as file:
-            np.savez(file, train=h.cpu(), train_labels=labels, test=h_test.cpu(),
-                     test_labels=test.labels)
+
+    settings = {
+        name: value if isinstance(value, int | float) else str(value)
+        for name, value in vars(args).items()
+        if value
+    }
+    correct = 100 * torch.stack(hits).float().mean(0)
+    per_class = {
+        name: correct[test.labels == i].mean().item() for i, name in enumerate(bank.classes)
+    }
+    result = {
+        "how": how,
+        "settings": settings | {"data": data, "image_size": size, "normalize": statistics},
+        "torch": version("torch"),
+        "top-1": mean[0],
+        "top-1 std": std[0],
+        "top-5": mean[1],
+        "top-5 std": std[1],
+        "per-class": per_class,
+        "runs": runs,
+    }
+    common.write_json(record, [*read_record(record), result])  # read again: others may add to it
+    accelerator.print(f"wrote {record}")
 
 
 if __name__ == "__main__":
-    main()
+    with common.on_interrupt("nothing was recorded; the same command starts again"):
+        main()

@@ -2,27 +2,49 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.6", "torchvision>=0.21", "numpy>=1.26", "accelerate>=1.2"]
 # ///
-"""MoCo: Momentum Contrast for Unsupervised Visual Representation Learning (He, Fan, Wu, Xie and
-Girshick, CVPR 2020, https://arxiv.org/abs/1911.05722); v2 (https://arxiv.org/abs/2003.04297).
+"""MoCo: Momentum Contrast for Unsupervised Visual Representation Learning.
 
-    python moco.py                                        the bundled images, on a laptop
+He, Fan, Wu, Xie and Girshick, CVPR 2020, https://arxiv.org/abs/1911.05722, and v2: Chen, Fan,
+Girshick and He, Improved Baselines with Momentum Contrastive Learning,
+https://arxiv.org/abs/2003.04297
+
+    python moco.py                                      # the bundled images, on a laptop
     accelerate launch --mixed_precision bf16 moco.py --data cifar10 --epochs 500
     accelerate launch --multi_gpu --num_processes 8 moco.py --data FOLDER --arch resnet50
 
-The same command again goes on with an interrupted run. Deviations: the rate falls step by step (the
-authors': by epoch); BN in groups also on one device; --symmetric in one pass, with the mean of both
-directions (their demo: the sum); defaults for small images.
+The run is kept in --out. It can be stopped at any time; the same command continues it.
+
+Where to find the parts of the papers:
+- Eq. 1, InfoNCE: `info_nce`
+- Eq. 2, the momentum update: `update_key_encoder`
+- Algorithm 1: the inner loop of `main`; the queue: `new_queue` and `enqueue`
+- section 3.3, shuffling batch norm: `encode_keys` and `SplitBatchNorm`
+- section 4.1, the settings: `PEAK_LR`, `learning_rate`, --weight-decay (of all parameters)
+- v2 (head, blur, cosine schedule, temperature): `VERSIONS` and `OPERATIONS`
+
+Differences from the papers and the authors' code:
+- The learning rate follows its schedule step by step; the authors' code changes it once per epoch.
+- Batch norm works in groups on one device as well (--bn-splits), as in the authors' CIFAR demo.
+  It is never synchronized.
+- --symmetric makes each view a query once and a key once, in one pass. The loss is the mean of
+  both directions; the demo takes their sum.
+- The default queue is shorter than the papers' 65,536 on small sets: an eighth of the images.
+- The running averages of batch norm, which only the evaluation uses, are those of the first
+  process.
+
+How to adapt it:
+- Your own encoder: build it in `main` in place of `common.build_encoder`. It maps images
+  [B, 3, H, W] to features [B, width] and has an attribute `width`.
+- Other channels than RGB: change `common.read_image`, which reads files, and the first layer in
+  `common.build_encoder`; and leave "color" and "gray" out of OPERATIONS.
 """
 
 import argparse
 import copy
+import itertools
 import json
 import math
-import os
-import signal
-import sys
 import time
-from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -32,291 +54,610 @@ import torch.nn.functional as F
 import torchvision
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import tqdm
 from torch import Tensor, nn
 
 import common
-from common import ColorJitter, GaussianBlur, RandomApply, RandomResizedCrop, fail, grayscale
+from common import ColorJitter, GaussianBlur, RandomApply, RandomResizedCrop, grayscale
 
-# What 2 CPU cores learn from the bundled images in some minutes; a flag that is given wins.
-BUNDLED = {"arch": "small", "epochs": 54, "jitter": [0.8, 0.8, 0.8, 0.2, 0.8],
-           "temperature": 0.07, "optimizer": "adamw", "warmup_epochs": 2, "key_momentum": 0.99}
+# Defaults that depend on the data. Flags given on the command line take precedence.
+PRESETS = {
+    "fashion-mini": {
+        "arch": "small",
+        "key_momentum": 0.99,
+        "jitter": [0.8, 0.8, 0.8, 0.2, 0.8],
+        "temperature": 0.07,
+        "epochs": 54,
+        "optimizer": "adamw",
+        "warmup_epochs": 2.0,
+    },
+}
+# Defaults of the two papers. A preset replaces those of v2, but not those of a --version given.
 VERSIONS = {
-    "v1": {"head_layers": 1, "jitter": [0.4] * 4 + [1.0], "schedule": "steps", "temperature": 0.07},
-    "v2": {"head_layers": 2, "jitter": [0.4, 0.4, 0.4, 0.1, 0.8], "schedule": "cosine",
-           "temperature": 0.2}}
+    "v1": {
+        "head_layers": 1,
+        "jitter": [0.4, 0.4, 0.4, 0.4, 1.0],
+        "temperature": 0.07,
+        "schedule": "steps",
+    },
+    "v2": {
+        "head_layers": 2,
+        "jitter": [0.4, 0.4, 0.4, 0.1, 0.8],
+        "temperature": 0.2,
+        "schedule": "cosine",
+    },
+}
 OPERATIONS = {"v1": ("crop", "gray", "color"), "v2": ("crop", "color", "gray", "blur")}
-LR_256 = {"sgd": 0.03, "adamw": 0.006}  # peak rates at batch 256
-MAY_BE_0 = {"warmup_epochs", "weight_decay", "seed", "key_momentum"}
-MAY_CHANGE = {"root", "eval_every", "workers", "out", "log_with"}  # when a run goes on
+PEAK_LR = {"sgd": 0.03, "adamw": 0.006}  # at batch size 256
+CONSOLE_METRICS = ("knn",)  # shown besides loss, chance, spread and speed
+MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
+SAVE_MINUTES = 10  # A longer epoch also saves checkpoints midway.
+RUN_FORMAT = 2  # of the files in --out; runs of another format are refused
 
-# ----------------------------------------------------------------------------- arguments
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags, checked as far as they can be without the data."""
-    p = argparse.ArgumentParser("moco.py", epilog=f"defaults with the bundled images: {BUNDLED}",
-                                description="MoCo pretraining", allow_abbrev=False)
-    p.error = fail
-    def flag(name: str, help: str, default: object = None, **more: object) -> None:
-        shown = "" if default is None else " (default: %(default)s)"
-        p.add_argument(name, help=help + shown, default=default, **more)
-    flag("--data", default="fashion-mini", help=f"{', '.join(common.SETS)} or a folder")
-    flag("--root", default="data", help="folder where torchvision's sets are or will be put")
-    flag("--limit", type=int, help="train on the first so many images of a fixed shuffle")
-    flag("--stream", action="store_true", help="read image files anew each epoch, as if too many")
-    flag("--image-size", type=int, help="side of the views (default: the images', at most 224)")
-    flag("--arch", choices=common.ARCHITECTURES, default="resnet18", help="encoder f")
-    flag("--stem", choices=("3x3", "7x7"), help="first layer (default: 3x3 up to 64 pixels)")
-    flag("--init", help="an encoder.safetensors to start from")
-    flag("--version", choices=VERSIONS, help="paper of the defaults (v2; if named, of all data)")
-    flag("--head-layers", type=int, choices=(1, 2), help="layers of the head (v1: 1, v2: 2)")
-    flag("--hidden", type=int, default=512, help="width of the head's hidden layer")
-    flag("--dim", type=int, default=128, help="dimensions of q and k")
-    flag("--queue-size", type=int, help="keys K (default: a power of 2, images / 8 or 65536)")
-    flag("--key-momentum", type=float, default=0.999, help="momentum m of the key encoder")
-    flag("--symmetric", action="store_true", help="each view is a query once and a key once")
-    flag("--bn-splits", type=int, help="groups of a batch with a BN each (default: by 32, to 8)")
-    flag("--augment", nargs="+", choices=OPERATIONS["v2"], help="operations (blur above 64 px)")
-    flag("--crop-scale", type=float, default=0.2, help="smallest crop, as a share of the area")
-    flag("--jitter", type=float, nargs=5, help="brightness, contrast, saturation, hue, probability")
-    flag("--temperature", type=float, help="temperature of InfoNCE (v1: 0.07, v2: 0.2)")
-    flag("--schedule", choices=("steps", "cosine"), help="fall of the rate (v1: steps, v2: cosine)")
-    flag("--epochs", type=int, default=100, help="passes over the images")
-    flag("--max-steps", type=int, help="make the run, and its schedule, no longer than this")
-    flag("--batch-size", type=int, default=256, help="images a step, over all processes")
-    flag("--optimizer", choices=LR_256, default="sgd", help="optimiser")
-    flag("--lr", type=float, help="peak learning rate (default: by optimiser and batch)")
-    flag("--warmup-epochs", type=float, default=0, help="epochs of linear warm-up")
-    flag("--weight-decay", type=float, default=1e-4, help="weight decay of all parameters")
-    flag("--seed", type=int, default=0, help="seed of the weights, batches and views")
-    flag("--eval-every", type=int, default=5, help="epochs between kNN evaluations")
-    flag("--workers", type=int, help="readers of files, of each process (default: cores, to 16)")
-    flag("--out", help="folder of the run (default: runs/moco-DATA)")
-    flag("--log-with", choices=[*map(str, get_available_trackers())], help="an installed tracker")
-    args = p.parse_args(argv)
-    bundled = BUNDLED if args.data == "fashion-mini" else {}
-    p.set_defaults(**VERSIONS["v2"] | bundled | VERSIONS.get(args.version, {}))
-    args = p.parse_args(argv)
-    args.version = args.version or "v2"
-    for k, v in vars(args).items():
-        top = {"crop_scale": 1, "key_momentum": 1, "seed": 2**63 - 1}.get(k, 1e30)
-        low = k == "image_size"
-        if isinstance(v, int | float) and not (low < v <= top or (v == 0 and k in MAY_BE_0)):
-            fail(f"--{k.replace('_', '-')} {v} is out of range")
-    if not all(0 <= v <= top for v, top in zip(args.jitter, (9, 9, 9, 0.5, 1), strict=True)):
-        fail(f"--jitter {args.jitter}: take 0 to 9, of the hue to 0.5, the probability to 1")
-    args.lr = args.lr or LR_256[args.optimizer] * args.batch_size / 256
-    args.out = Path(args.out or f"runs/moco-{Path(args.data).name}")
-    return args
 
-# -------------------------------------------------------------------------- augmentation
-def augmentation(names: Sequence[str], size: int, crop_scale: float,
-                 jitter: Sequence[float]) -> list:
-    """The operations in the order of their names; without "crop" the whole image, resized."""
-    whole = RandomResizedCrop(size, (1.0, 1.0), (1.0, 1.0), flip=0.0)
-    recipe = {
-        "crop": RandomResizedCrop(size, (crop_scale, 1.0), flip=0.5) if "crop" in names else whole,
+# --------------------------------------------------------------------------------------
+# Augmentation (v1: section 4, v2: section 3)
+# --------------------------------------------------------------------------------------
+
+
+def augmentation(names: list[str], size: int, crop_scale: float, jitter: list[float]) -> list:
+    """Build the operations that make one view: the crop, then the others in the order given.
+
+    Args:
+        names: which of "crop", "color", "gray" and "blur" to use.
+        size: side of the views, in pixels.
+        crop_scale: area of the smallest crop, as a share of the image's area.
+        jitter: strength of brightness, contrast, saturation and hue; probability of the jitter.
+
+    Returns:
+        Operations for `common.batches`, of which the first is a crop.
+    """
+    kernel_size = size // 10 | 1  # a tenth of the side, and odd
+    operations = {
+        "crop": RandomResizedCrop(size, scale=(crop_scale, 1.0), flip=0.5),
         "color": RandomApply(ColorJitter(*jitter[:4]), p=jitter[4]),
         "gray": RandomApply(grayscale, p=0.2),
-        "blur": RandomApply(GaussianBlur(size // 10 | 1, (0.1, 2.0)), p=0.5),
+        "blur": RandomApply(GaussianBlur(kernel_size, sigma=(0.1, 2.0)), p=0.5),
     }
-    return [recipe[name] for name in ("crop", *(name for name in names if name != "crop"))]
+    if "crop" not in names:  # The whole image is resized to a square, and not flipped.
+        operations["crop"] = RandomResizedCrop(size, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
+    return [operations["crop"], *(operations[name] for name in names if name != "crop")]
 
-# --------------------------------------------------------------------------------- model
+
+# --------------------------------------------------------------------------------------
+# Model: query encoder f_q, key encoder f_k and the queue of keys
+# --------------------------------------------------------------------------------------
+
+
 class SplitBatchNorm(nn.BatchNorm2d):
-    """BN of each of `splits` parts of the rows on its own, as if each were on a GPU of its own."""
+    """Batch norm of `splits` parts of a batch, each on its own, as if on as many GPUs."""
+
+    def __init__(self, num_features: int, splits: int) -> None:
+        # All parts of a batch together move the running averages about as far as one batch would.
+        super().__init__(num_features, momentum=0.1 / splits)
+        self.splits = splits
 
     def forward(self, x: Tensor) -> Tensor:
+        normalize = super().forward
         if not self.training:
-            return super().forward(x)
-        parts = x.chunk(self.splits)
-        return torch.cat([nn.BatchNorm2d.forward(self, part) for part in parts])
+            return normalize(x)
+        return torch.cat([normalize(part) for part in x.chunk(self.splits)])
+
+
+def default_bn_splits(batch_size: int, processes: int) -> int:
+    """As many equal groups of 32 images or more as there can be: at most 8, but one per process."""
+    own_images = batch_size // processes
+    most = max(1, min(8, batch_size // 32) // processes)
+    return processes * max(n for n in range(1, most + 1) if own_images % n == 0)
+
+
+def default_queue_size(images: int, keys: int) -> int:
+    """The power of two below an eighth of the images: at most 65,536, at least a step's keys."""
+    eighth = max(1, images // 8)
+    return max(keys, min(65536, 2 ** (eighth.bit_length() - 1)))
+
+
+def new_queue(size: int, dim: int, seed: int, device: torch.device) -> Tensor:
+    """A queue of random unit vectors, [K, D]."""
+    return F.normalize(torch.randn(size, dim, generator=common.generator(seed)).to(device), dim=1)
+
+
+def enqueue(queue: Tensor, k: Tensor, step: int) -> None:
+    """Let the keys k [n, D] of a step take the place of the oldest ones in queue [K, D]."""
+    rows = step * len(k) + torch.arange(len(k), device=k.device)
+    queue[rows % len(queue)] = k
 
 
 @torch.no_grad()
-def momentum_update(keys: nn.Module, queries: nn.Module, m: float) -> None:
-    """Eq. 2 for all parameters at once: key = m·key + (1 - m)·query."""
-    torch._foreach_lerp_([*keys.parameters()], [*queries.parameters()], 1 - m)
+def update_key_encoder(f_k: nn.Module, f_q: nn.Module, m: float) -> None:
+    """Momentum update (Eq. 2) of all parameters: key = m * key + (1 - m) * query."""
+    torch._foreach_lerp_(list(f_k.parameters()), list(f_q.parameters()), 1 - m)
 
-# ---------------------------------------------------------------------------------- loss
+
+def queries_and_keys(views: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """The images x_q and x_k, [n, 3, S, S], from the two views [2, B, 3, S, S] of a batch.
+
+    If `symmetric`, each view is in both, and n = 2B. The two views of an image then stand next to
+    each other, so that the order does not depend on the number of processes.
+    """
+    if not symmetric:
+        return views[0], views[1]
+    x_q = views.transpose(0, 1).flatten(0, 1)
+    x_k = views.flip(0).transpose(0, 1).flatten(0, 1)
+    return x_q, x_k
+
+
+@torch.no_grad()
+def encode_keys(
+    f_k: nn.Module, x_k: Tensor, rng: torch.Generator, accelerator: Accelerator
+) -> Tensor:
+    """Keys of the images of all processes, with shuffled batch norm (section 3.3).
+
+    An image goes through f_k with other images than its view went through f_q with. Otherwise a
+    query could tell its key by the batch statistics that they share.
+
+    Args:
+        f_k: the key encoder, as Accelerate has prepared it.
+        x_k: [n, 3, S, S] images of this process.
+        rng: in the same state on all processes.
+
+    Returns:
+        k [P * n, D] of unit length, in the order of the images.
+    """
+    everyone = accelerator.gather(x_k)
+    shuffle = common.to_device_of(x_k, torch.randperm(len(everyone), generator=rng))
+    share = shuffle.chunk(accelerator.num_processes)[accelerator.process_index]
+    x = everyone.index_select(0, share).contiguous(memory_format=torch.channels_last)
+    k = accelerator.gather(f_k(x).float())
+    return F.normalize(k[shuffle.argsort()], dim=1)
+
+
+# --------------------------------------------------------------------------------------
+# Loss
+# --------------------------------------------------------------------------------------
+
+
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    """InfoNCE, Eq. 1, mean over N queries: unit vectors q and their keys k [N, D], the negatives
-    queue [K, D] → scalar. ValueError for other shapes.
+    """InfoNCE loss (Eq. 1), mean over N queries.
+
+        loss of n = -log( exp(q[n] k[n] / tau) / (exp(q[n] k[n] / tau) + sum over the queue of
+                                                  exp(q[n] key / tau)) )
+
+    Args:
+        q, k: [N, D] queries and their keys, of unit length.
+        queue: [K, D] negative keys, of unit length.
+        temperature: tau > 0.
+
+    Returns:
+        Scalar; ln(K + 1) if all similarities are equal.
+
+    Raises:
+        ValueError: if the shapes are others.
     """
     if q.shape != k.shape or q.ndim != 2 or queue.shape[1:] != q.shape[1:]:
-        raise ValueError(f"q, k [N, D] and queue [K, D], not {q.shape}, {k.shape}, {queue.shape}")
-    q = q / temperature  # rather than the logits: they are K / D times as many
-    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], dim=1)
-    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
+        raise ValueError(
+            f"q and k must be [N, D] and queue [K, D], got {q.shape}, {k.shape} and {queue.shape}"
+        )
+    q = q / temperature  # cheaper than dividing the logits, which are K / D times as many
+    l_pos = (q * k).sum(1, keepdim=True)
+    l_neg = q @ queue.T
+    logits = torch.cat([l_pos, l_neg], dim=1)
+    positives = torch.zeros(len(q), dtype=torch.long, device=q.device)  # column 0
+    # Cross-entropy is -log softmax: the softmax's sum over a row is the denominator.
+    return F.cross_entropy(logits, positives)
 
-# ---------------------------------------------------------------- optimiser and schedule
+
+def find_problems(row: dict, temperature: float, warmed_up: bool) -> list[str]:
+    """Return warnings about the metrics of one epoch."""
+    found = []
+    if row["spread"] < 0.1:  # 1 if embeddings fill the sphere, 0 if all are equal
+        found.append("the embeddings collapse: their spread should be near 1, and is near 0")
+    if warmed_up and row["chance"] - row["loss"] < 0.02 * min(row["chance"], 1 / temperature):
+        found.append("the loss stays at chance: use another --lr or --temperature")
+    return found
+
+
+# --------------------------------------------------------------------------------------
+# Optimizer and schedule
+# --------------------------------------------------------------------------------------
+
+
+def build_optimizer(name: str, params, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """Build the optimizer that --optimizer names."""
+    if name == "sgd":
+        return torch.optim.SGD(params, lr, momentum=0.9, weight_decay=weight_decay)
+    return torch.optim.AdamW(params, lr, weight_decay=weight_decay)
+
+
 def learning_rate(step: int, steps: int, warmup: int, peak: float, schedule: str) -> float:
-    """Rate of step 0 .. steps - 1: linear up to the peak, then half a cosine to 0, or a tenth from
-    0.6 and a hundredth from 0.8 of the run."""
+    """Learning rate of step 0 .. steps - 1.
+
+    It rises linearly to the peak; then it falls by a cosine to 0 or, if the schedule is "steps",
+    to a tenth at 0.6 of the run and to a hundredth at 0.8.
+    """
     if step < warmup:
         return peak * (step + 1) / warmup
     if schedule == "steps":
-        return peak * 0.1 ** ((step >= 0.6 * steps) + (step >= 0.8 * steps))
+        drops = (step >= 0.6 * steps) + (step >= 0.8 * steps)
+        return peak * 0.1**drops
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
-# ---------------------------------------------------------------------------------- main
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train, evaluate and leave a run in --out; the same arguments again go on with it."""
-    args = parse_arguments(argv)
-    out, torch.backends.cudnn.benchmark = args.out, True
-    accelerator = Accelerator(log_with=args.log_with, project_dir=out)
-    device, processes, say = accelerator.device, accelerator.num_processes, accelerator.print
-    if device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        torch.set_num_threads(os.cpu_count() // processes or 1)  # accelerate launch: one
-    data, bank, test = common.load_splits(
-        args.data, args.root, args.limit, device, args.workers, args.stream)
-    size = args.image_size = args.image_size or data.side
-    stem = args.stem = args.stem or ("3x3" if size <= 64 else "7x7")
-    names = args.augment or OPERATIONS[args.version][: 4 if size > 64 else 3]
-    recipe = augmentation(names, size, args.crop_scale, args.jitter)
-    N, V = args.batch_size, 1 + bool(args.symmetric)  # V views of an image are queries, V are keys
-    if not 2 <= N <= len(data) or N % processes:
-        fail(f"--batch-size: take 2 to {len(data)} images, a multiple of {processes} processes")
-    groups = range(1, 1 + (min(8, N // 32) // processes or 1))  # of a process: those that divide
-    groups = max(n for n in groups if N // processes % n == 0)
-    splits = args.bn_splits = args.bn_splits or processes * groups
-    if N * V % splits or splits == N * V or splits % processes:
-        fail(f"--bn-splits {splits}: take a multiple of {processes} that divides {N * V} queries "
-             "into groups of two or more, or another --batch-size")
-    K = args.queue_size or max(N * V, min(65536, 1 << (len(data) // 8 or 1).bit_length() - 1))
-    args.queue_size = K
-    if K < N * V:
-        fail(f"--queue-size {K}: take {N * V} keys of a step at least")
-    if len(data) < 2 * K:
-        say(f"warning: --queue-size {K} is above half of the {len(data)} images: too many of the "
-            "negatives show the query's own image")
-    epoch_steps = len(data) // N
-    steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
-    warmup = min(round(args.warmup_epochs * epoch_steps), steps - 1)
-    settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
-    settings["mixed_precision"] = accelerator.mixed_precision
-    config = {"settings": settings, "images": data.fingerprint, "devices": f"{processes} {device}",
-              **{p: version(p) for p in ("torch", "torchvision", "accelerate")}}
+
+# --------------------------------------------------------------------------------------
+# The run's folder (the same in every script)
+# --------------------------------------------------------------------------------------
+
+
+def open_run(out: Path, settings: dict, accelerator: Accelerator) -> dict | None:
+    """Create the folder of a run and its config.json, or reopen it.
+
+    Args:
+        out: a folder that is new, empty, or holds a run with the same settings.
+        settings: all that the result of the run depends on.
+        accelerator: of the run; its main process writes.
+
+    Returns:
+        The checkpoint to resume from, or None if there is none yet.
+
+    Raises:
+        SystemExit: if the folder holds anything else, or cannot be used. The message is one line.
+    """
+    path = out / "config.json"
+    is_new = not path.exists()
+    if is_new and any(out.glob("[!.]*")):
+        common.fail(f"{out} is not empty and does not hold a run: choose another --out")
+    if not is_new:
+        config = common.read_json(path)
+        if not isinstance(config, dict) or config.get("format") != RUN_FORMAT:
+            common.fail(f"{out} was made by another version of this code: choose another --out")
+        before = config.get("settings", {})
+        changed = [name for name in settings if settings[name] != before.get(name)]
+        if changed:
+            previous = ", ".join(f"{name} was {before.get(name)}" for name in changed)
+            common.fail(
+                f"{out} holds a run with other settings ({previous}): "
+                "repeat its command to resume it, or choose another --out"
+            )
+
+    accelerator.wait_for_everyone()
+    if is_new and accelerator.is_main_process:
+        packages = {name: version(name) for name in ("torch", "torchvision", "accelerate")}
+        devices = f"{accelerator.num_processes} x {accelerator.device}"
+        config = {"format": RUN_FORMAT, "settings": settings}
+        common.write_json(path, config | {"devices": devices, "versions": packages})
+    checkpoint = out / "checkpoint.pt"
+    return common.read_checkpoint(checkpoint) if checkpoint.exists() else None
+
+
+def save_run(out: Path, state: dict) -> None:
+    """Write metrics.jsonl and checkpoint.pt. Each replaces the old one only when it is complete.
+
+    Args:
+        out: the folder of the run.
+        state: all that is needed to resume the run, with the metrics so far as "rows".
+
+    Raises:
+        SystemExit: if the files cannot be written. The message is one line.
+    """
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        old = json.loads((out / "config.json").read_text()) if any(out.glob("[!.]*")) else config
-        if changed := [f"{k} ({v})" for k, v in old["settings"].items() if settings.get(k) != v]:
-            fail(f"{out} holds a run with another {', '.join(changed)}: take it or another --out")
-        results = (out / "results.json").exists() and json.loads((out / "results.json").read_text())
-        state = (out / "checkpoint.pt").exists() and torch.load(
-            out / "checkpoint.pt", map_location="cpu", weights_only=True)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process and not results:
-            with common.written_aside(out / "config.json") as aside:
-                aside.write_text(json.dumps(old | {"images": data.fingerprint}, indent=1))
-    except Exception as error:  # damaged files lead to nearly everything
-        fail(f"--out {out} is no folder of a run, nor can it be made one ({error!r:.200})")
-    if results:
-        return say(f"{out} is finished; test accuracy in percent:\n{common.table(results)}")
+        with common.atomic_write(out / "metrics.jsonl") as file:
+            file.write_text("".join(json.dumps(row) + "\n" for row in state["rows"]))
+        with common.atomic_write(out / "checkpoint.pt") as file:
+            torch.save(state, file)
+    except (OSError, RuntimeError) as error:  # If the disk is full, torch raises the latter.
+        common.fail(
+            f"the run could not be saved in {out} ({error}): the last checkpoint is kept; "
+            "if the disk is full, free some space and repeat the command to resume"
+        )
+
+
+# --------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------
+
+
+def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argparse.Namespace:
+    """Parse the flags. A flag that is not given takes the preset's value, or its default below."""
+    parser = argparse.ArgumentParser(
+        "moco.py",
+        description="Pretrain an image encoder with MoCo.",
+        epilog=common.describe_presets(PRESETS),
+        formatter_class=common.HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.error = common.fail
+    common.add_data_arguments(parser)
+
+    add = parser.add_argument_group("model").add_argument
+    add("--arch", choices=common.ARCHITECTURES, default="resnet18", help="encoders f_q and f_k")
+    add("--stem", choices=("3x3", "7x7"), help="first layer (default: 3x3 up to 64 pixels)")
+    add("--init", help="encoder.safetensors whose weights f starts from")
+    add("--head-layers", type=int, choices=(1, 2), help="layers of the head (v1: 1, v2: 2)")
+    add("--hidden", type=common.positive_int, default=512, help="width of the head's inner layer")
+    add("--dim", type=common.positive_int, default=128, help="dimensions of queries and keys")
+
+    add = parser.add_argument_group("method").add_argument
+    add(
+        "--version",
+        choices=VERSIONS,
+        help="paper whose defaults are used, whatever the data (default: v2)",
+    )
+    add(
+        "--queue-size",
+        type=common.positive_int,
+        help="keys in the queue, K (default: a power of 2, up to images / 8 and 65536)",
+    )
+    add("--key-momentum", type=common.fraction, default=0.999, help="momentum m of f_k")
+    add("--symmetric", action="store_true", help="use each view as a query and as a key")
+    add(
+        "--bn-splits",
+        type=common.positive_int,
+        help="groups of a batch that are normalized apart (default: of 32 images, at most 8)",
+    )
+    add(
+        "--image-size",
+        type=common.int_above_1,
+        help="side of the views in pixels (default: the side of the images, at most 224)",
+    )
+    add(
+        "--augment",
+        nargs="+",
+        choices=OPERATIONS["v2"],
+        help="operations in their order (default: the version's, but blur only above 64 pixels)",
+    )
+    add(
+        "--crop-scale",
+        type=common.positive_fraction,
+        default=0.2,
+        help="area of the smallest crop, as a share of the image's",
+    )
+    add(
+        "--jitter",
+        type=common.nonnegative_float,
+        nargs=5,
+        metavar=("BRIGHTNESS", "CONTRAST", "SATURATION", "HUE", "PROBABILITY"),
+        help="strength of the color jitter",
+    )
+    add(
+        "--temperature",
+        type=common.positive_float,
+        help="temperature tau of InfoNCE (v1: 0.07, v2: 0.2)",
+    )
+    add(
+        "--schedule",
+        choices=("steps", "cosine"),
+        help="how the learning rate falls (v1: steps, v2: cosine)",
+    )
+
+    add = parser.add_argument_group("optimization").add_argument
+    add("--epochs", type=common.positive_int, default=100, help="passes over the images")
+    add("--max-steps", type=common.positive_int, help="end the run, and its schedule, here")
+    add(
+        "--batch-size",
+        type=common.int_above_1,
+        default=256,
+        help="images per step, over all processes",
+    )
+    add("--optimizer", choices=PEAK_LR, default="sgd", help="algorithm that updates the weights")
+    add(
+        "--lr",
+        type=common.positive_float,
+        help="peak learning rate (default: by --optimizer and --batch-size)",
+    )
+    add(
+        "--warmup-epochs",
+        type=common.nonnegative_float,
+        default=0.0,
+        help="epochs of linear warm-up",
+    )
+    add(
+        "--weight-decay",
+        type=common.nonnegative_float,
+        default=1e-4,
+        help="weight decay of the optimizer",
+    )
+    add("--seed", type=common.nonnegative_int, default=0, help="random seed of weights and views")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--out", type=Path, help="folder of the run (default: runs/moco-DATA)")
+    add("--eval-every", type=common.positive_int, default=5, help="epochs between kNN evaluations")
+    add(
+        "--log-with",
+        choices=[*map(str, get_available_trackers())],
+        help="experiment tracker to report to",
+    )
+
+    named = parser.parse_args(argv).version
+    parser.set_defaults(**VERSIONS["v2"] | (preset or {}) | VERSIONS.get(named, {}))
+    args = parser.parse_args(argv)
+    args.version = named or "v2"
+    if args.jitter[3] > 0.5 or args.jitter[4] > 1:
+        common.fail(f"--jitter {args.jitter}: the hue must be at most 0.5, the probability 1")
+    if args.lr is None:
+        args.lr = PEAK_LR[args.optimizer] * args.batch_size / 256
+    if args.out is None:
+        args.out = Path("runs", f"moco-{Path(args.data).absolute().name}")
+    return args
+
+
+# --------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
+    """Pretrain, evaluate, and leave the run in --out."""
+    args = parse_arguments(argv)
+    torch.backends.cudnn.benchmark = True
+    accelerator = Accelerator(log_with=args.log_with, project_dir=args.out)
+    device, processes = accelerator.device, accelerator.num_processes
+    common.check_launcher()
+    common.tune_cpu(device)
+
+    # Data: images to train on, without labels. Labeled training images (the bank) and test images
+    # serve to evaluate.
+    images, bank, test = common.load_splits(
+        args.data, args.root, args.limit, device, args.workers, args.stream
+    )
+    args = parse_arguments(argv, PRESETS.get(args.data))  # again, now that the data is known
+    args.image_size = args.image_size or images.side
+    args.stem = args.stem or ("3x3" if args.image_size <= 64 else "7x7")
+    names = [name for name in OPERATIONS[args.version] if name != "blur" or args.image_size > 64]
+    args.augment = args.augment or names
+    recipe = augmentation(args.augment, args.image_size, args.crop_scale, args.jitter)
+    common.check_batch_size(args.batch_size, len(images), processes)
+    keys = args.batch_size * (2 if args.symmetric else 1)  # of a step, over all processes
+    args.bn_splits = args.bn_splits or default_bn_splits(args.batch_size, processes)
+    if keys % args.bn_splits or args.bn_splits == keys or args.bn_splits % processes:
+        common.fail(
+            f"--bn-splits {args.bn_splits} must be a multiple of the {processes} processes, and "
+            f"divide {keys} images into groups of two or more"
+        )
+    args.queue_size = args.queue_size or default_queue_size(len(images), keys)
+    if args.queue_size < keys:
+        common.fail(f"--queue-size {args.queue_size} must be at least the {keys} keys of a step")
+    if len(images) < 2 * args.queue_size:
+        accelerator.print(
+            f"warning: --queue-size {args.queue_size} is above half of the {len(images)} images: "
+            "too many of the negatives show the query's own image"
+        )
+    epoch_steps = len(images) // args.batch_size
+    total_steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
+    warmup_steps = min(round(args.warmup_epochs * epoch_steps), total_steps - 1)
+
+    # Model: f_q with its head; f_k begins as a copy of both and gets no gradients.
+    norm_layer = nn.BatchNorm2d
+    if args.bn_splits > processes:
+        norm_layer = partial(SplitBatchNorm, splits=args.bn_splits // processes)
     torch.manual_seed(args.seed)
-    about = {"architecture": args.arch, "stem": stem}
-    encoder = common.load_encoder(args.init, **about)[0] if args.init else (
-        common.build_encoder(**about))
-    head = torchvision.ops.MLP(encoder.width, [args.hidden] * (args.head_layers - 1) + [args.dim])
-    net = nn.Sequential(encoder, head).to(device, memory_format=torch.channels_last)
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d) and splits > processes:
-            module.__class__, module.splits = SplitBatchNorm, splits // processes
-            module.momentum /= module.splits  # a step's groups are one step of its averages
-    keys = copy.deepcopy(net).requires_grad_(False)
-    queue = torch.randn(K, args.dim, generator=common.generator(args.seed)).to(device)
-    keys.register_buffer("queue", F.normalize(queue, dim=1))
-    make = {"sgd": partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
-    optimizer = make[args.optimizer](net.parameters(), args.lr, weight_decay=args.weight_decay)
-    model, optimizer = accelerator.prepare(net, optimizer)
-    key_model = accelerator.prepare_model(keys, evaluation_mode=True)
-    done, rows, sums = 0, [], torch.zeros(3, device=device)  # the epoch's losses, spreads, steps
-    if state:
-        net.load_state_dict(state["model"])
-        keys.load_state_dict(state["keys"])
-        optimizer.load_state_dict(state["optimizer"])
-        new = old["images"] != data.fingerprint  # then one step at least is done, for its row
-        done, rows, sums = min(state["step"], steps - new), state["rows"], state["sums"].to(device)
-        say(f"going on after step {done} of {steps}"
-            + f"; the files changed: {old['images']}, now {data.fingerprint}" * new)
-    signals, halt = [], 0  # looked at between steps; launchers repeat one, the third ends the run
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda n, _: signals.append(n) or (signals[2:] and os._exit(128 + n)))
-    accelerator.init_trackers("moco", {k: str(v) for k, v in settings.items()})
-    rank, chance = accelerator.process_index, math.log(K + 1)
-    look = 1 if device.type == "cpu" else 20  # steps between two looks at what is on the device
-    saved, began, epoch_start = time.monotonic(), time.monotonic(), done
-    stream = common.batches(data, [(2, recipe)], N, args.seed, done, steps)
-    bar = tqdm(stream, total=steps, initial=done, disable=not sys.stderr.isatty())
-    for step, index, (views,) in bar:
-        if step == 0:
-            shown = torch.cat([data.centres(index[:8], size), *views[:, :8]])
-            common.save_pictures(out / "views.png", shown, len(shown) // 3)
-        lr = learning_rate(step, steps, warmup, args.lr, args.schedule)
-        optimizer.param_groups[0]["lr"] = lr
-        # Rows image by image: so they, and the groups of BN, are the same on all process counts.
-        x_q, x_k = (x.transpose(0, 1).flatten(0, 1) for x in (views[:V], views[2 - V:].flip(0)))
-        with torch.no_grad():
-            momentum_update(keys, net, args.key_momentum)
-            rng = common.generator(args.seed, *divmod(step, epoch_steps), 1)
-            shuffle = common.beside(x_k, torch.randperm(N * V, generator=rng))  # one for all
-            x_k = accelerator.gather(x_k).index_select(0, shuffle.chunk(processes)[rank])
-            k = key_model(x_k.contiguous(memory_format=torch.channels_last)).float()
-            k = F.normalize(accelerator.gather(k)[shuffle.argsort()], dim=1)
-        q = model(x_q.contiguous(memory_format=torch.channels_last)).float()
-        q = F.normalize(q, dim=1)
-        loss = info_nce(q, k.chunk(processes)[rank], keys.queue, args.temperature)
-        optimizer.zero_grad()
-        accelerator.backward(loss)
-        optimizer.step()
-        keys.queue[(step * N * V + torch.arange(N * V, device=device)) % K] = k
-        spread = q.detach().std(0).mean() * args.dim**0.5
-        sums += accelerator.reduce(torch.stack([loss.detach(), spread, spread**0]), "mean")
-        done = step + 1
-        epoch_ends = done % epoch_steps == 0 or done == steps
-        if done % look and not epoch_ends:
-            continue
-        flags = torch.stack([~sums[0].isfinite(), torch.tensor(bool(signals), device=device)])
-        nan, halt = accelerator.reduce(flags.float()).tolist()
-        if nan:
-            fail(f"the loss of step {step} is not finite: take a lower --lr, another --out")
-        if epoch_ends:
-            seconds, n = time.monotonic() - began, done - epoch_start
-            mean, spread, _ = (sums / sums[2]).tolist()
-            row = {"epoch": step // epoch_steps + 1, "step": done, "loss": mean, "chance": chance,
-                   "spread": spread, "lr": lr, "images_per_s": n * N / seconds,
-                   "wait": data.waited / seconds, "minutes_left": (steps - done) / n * seconds / 60}
-            if bank and (row["epoch"] % args.eval_every == 0 or done == steps):
-                row["knn"] = common.knn_accuracy(encoder, bank, test, size)
-            bar.clear()
-            say(" · ".join(f"{k} {v:.4g}" for k, v in row.items()))
-            if spread < 0.1:
-                say("warning: the embedding collapses: its spread, 1 on the sphere, nears 0")
-            limit = 0.02 * min(chance, 1 / args.temperature)
-            if done > max(warmup, epoch_steps, K // N) and chance - mean < limit:
-                say("warning: the loss stays at chance: take another --lr or --temperature")
-            rows.append(row)
-            accelerator.log(row, step=done)
-            sums.zero_()
-            epoch_start, began, data.waited = done, time.monotonic(), 0.0
-        if accelerator.is_main_process and (epoch_ends or halt or time.monotonic() - saved > 600):
-            with common.written_aside(out / "metrics.jsonl") as aside:
-                aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            with common.written_aside(out / "checkpoint.pt") as aside:
-                torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict(),
-                            "keys": keys.state_dict(), "step": done, "rows": rows,
-                            "sums": sums}, aside)
-            saved = time.monotonic()
-        if halt:
-            break
-    bar.close()
-    if halt or signals:  # the latter: while the last epoch was evaluated
-        say(f"stopped after step {done} of {steps}; the same command goes on from there")
-        raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
-    signals += [0, 0]  # from here on the first one ends the run
-    about |= {"method": "moco", "image_size": size, "data": args.data}
-    common.finish(out, encoder, about, bank, test, args.seed, rows[-1])
+    if args.init:
+        encoder, _ = common.load_encoder(
+            args.init, norm_layer, architecture=args.arch, stem=args.stem
+        )
+    else:
+        encoder = common.build_encoder(args.arch, args.stem, norm_layer)
+    head_widths = [args.hidden] * (args.head_layers - 1) + [args.dim]
+    head = torchvision.ops.MLP(encoder.width, head_widths)
+    network = nn.Sequential(encoder, head).to(device, memory_format=torch.channels_last)
+    key_network = copy.deepcopy(network).requires_grad_(False)
+    queue = new_queue(args.queue_size, args.dim, args.seed, device)
+    optimizer = build_optimizer(args.optimizer, network.parameters(), args.lr, args.weight_decay)
+    f_q, optimizer = accelerator.prepare(network, optimizer)
+    f_k = accelerator.prepare_model(key_network, evaluation_mode=True)
+
+    # Run: start a new one, print a finished one, or resume from a checkpoint.
+    settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
+    settings |= {"method": "moco", "images": images.fingerprint}
+    settings |= {"mixed_precision": accelerator.mixed_precision}
+    checkpoint = open_run(args.out, settings, accelerator)
+    if (args.out / "results.json").exists():
+        common.print_results(args.out)
+        return
+    step, losses, rows = 0, [], []
+    if checkpoint:
+        network.load_state_dict(checkpoint["model"])
+        key_network.load_state_dict(checkpoint["key_model"])
+        queue.copy_(checkpoint["queue"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        step, rows = checkpoint["step"], checkpoint["rows"]
+        losses = list(checkpoint["losses"].to(device))
+        accelerator.print(f"resuming after step {step} of {total_steps}")
+
+    def state() -> dict:
+        return {
+            "model": network.state_dict(),
+            "key_model": key_network.state_dict(),
+            "queue": queue,
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+            "losses": torch.tensor(losses),
+            "rows": rows,
+        }
+
+    accelerator.init_trackers("moco", {name: str(value) for name, value in settings.items()})
+    accelerator.print(common.format_header(CONSOLE_METRICS))
+    # What a step shows depends on the seed, the epoch and the step. It does not depend on the
+    # number of processes, nor on where the run was interrupted.
+    batches = common.batches(
+        images, [(2, recipe)], args.batch_size, args.seed, start=step, stop=total_steps
+    )
+    saved_at = time.monotonic()
+    while step < total_steps:
+        epoch, first_step, started_at = step // epoch_steps, step, time.monotonic()
+        last_step = min((epoch + 1) * epoch_steps, total_steps)
+        epoch_batches = itertools.islice(batches, last_step - step)
+        bar = common.progress(epoch_batches, f"epoch {epoch + 1}/{args.epochs}", last_step - step)
+        for index, (views,) in bar:
+            if step == 0:
+                common.save_views(args.out / "views.png", images, index, [views])
+            lr = learning_rate(step, total_steps, warmup_steps, args.lr, args.schedule)
+            optimizer.param_groups[0]["lr"] = lr
+
+            # Algorithm 1. The keys are those of all processes; each has its own queries.
+            x_q, x_k = queries_and_keys(views, args.symmetric)
+            update_key_encoder(key_network, network, args.key_momentum)
+            rng = common.generator(args.seed, epoch, step - epoch * epoch_steps, 1)
+            k = encode_keys(f_k, x_k, rng, accelerator)
+            q = f_q(x_q.contiguous(memory_format=torch.channels_last)).float()
+            q = F.normalize(q, dim=1)
+            own_k = k.chunk(processes)[accelerator.process_index]
+            loss = info_nce(q, own_k, queue, args.temperature)
+
+            optimizer.zero_grad()
+            accelerator.backward(loss)
+            optimizer.step()
+            enqueue(queue, k, step)
+
+            step += 1
+            losses.append(accelerator.reduce(loss.detach(), "mean"))
+            minutes = (time.monotonic() - saved_at) / 60
+            if minutes > SAVE_MINUTES and step < last_step and accelerator.is_main_process:
+                if torch.stack(losses).isfinite().all():
+                    save_run(args.out, state())
+                saved_at = time.monotonic()
+
+        # The end of the epoch: all processes see the same loss, so all stop if it is not finite.
+        mean_loss = torch.stack(losses).mean().item()
+        seconds = time.monotonic() - started_at
+        row = {
+            "epoch": epoch + 1,
+            "step": step,
+            "loss": mean_loss,
+            "chance": math.log(args.queue_size + 1),  # the loss of equal embeddings
+            "spread": common.spread(accelerator.gather(q.detach())),  # of the last batch
+            "lr": lr,
+            "images_per_s": (step - first_step) * args.batch_size / seconds,
+            "wait": images.waited / seconds,  # share of the time
+            "minutes_left": (total_steps - step) / (step - first_step) * seconds / 60,
+        }
+        if not math.isfinite(mean_loss):
+            common.fail(
+                f"the loss of epoch {epoch + 1} is not finite: use a lower --lr and another --out"
+            )
+        if bank and ((epoch + 1) % args.eval_every == 0 or step == total_steps):
+            row["knn"] = common.knn_accuracy(encoder, bank, test, args.image_size)
+        rows.append(row)
+        accelerator.print(common.format_row(row, CONSOLE_METRICS))
+        filled = step > max(warmup_steps, epoch_steps, args.queue_size // args.batch_size)
+        for problem in find_problems(row, args.temperature, filled):
+            accelerator.print(f"warning: {problem}")
+        accelerator.log(row, step=step)
+        losses, images.waited = [], 0.0
+        if accelerator.is_main_process:
+            save_run(args.out, state())
+        saved_at = time.monotonic()
+
+    # The end of the run: write and print its results, and export the encoder.
+    about = {
+        "method": "moco",
+        "architecture": args.arch,
+        "stem": args.stem,
+        "image_size": args.image_size,
+        "data": args.data,
+    }
+    common.finish(args.out, encoder, about, bank, test, args.seed, rows[-1])
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main()
+    with common.on_interrupt("the same command continues from the last checkpoint"):
+        main()

@@ -12,7 +12,7 @@ Chen, Kornblith, Norouzi and Hinton, ICML 2020, https://arxiv.org/abs/2002.05709
 
 The run is kept in --out. It can be stopped at any time; the same command continues it.
 
-Where the paper is in this file:
+Where to find the parts of the paper:
 - Eq. 1, NT-Xent: `nt_xent`
 - Algorithm 1: the inner loop of `main`
 - section 2.1 and Appendix A, the augmentation: `augmentation`
@@ -23,8 +23,18 @@ Where the paper is in this file:
 
 Differences from the paper and the authors' code:
 - The loss is the mean of Eq. 1 over all 2N views. The authors' code returns twice that.
-- The default settings suit smaller batches and shorter training than the paper's.
-- On CPUs every process has batch norm of its own, since PyTorch can synchronize it only on GPUs.
+- The defaults are for small batches: batch size 256 (in the paper 4096), the square-root rule for
+  the learning rate (linear), temperature 0.2 (0.1), color strength 0.5 (1), a head of width 512
+  (2048).
+- SGD and AdamW are offered besides LARS. Unlike LARS they also decay batch norm and biases.
+- On CPUs each process has its own batch norm statistics, because PyTorch synchronizes them only on
+  GPUs.
+
+How to adapt it:
+- Your own encoder: build it in `main` in place of `common.build_encoder`. It maps images
+  [B, 3, H, W] to features [B, width] and has an attribute `width`.
+- Other channels than RGB: change `common.read_image`, which reads files, and the first layer in
+  `common.build_encoder`; and leave "color" and "gray" out of OPERATIONS.
 """
 
 import argparse
@@ -58,10 +68,12 @@ PRESETS = {
     },
 }
 OPERATIONS = ("crop", "color", "gray", "blur")
-PEAK_LR = {"lars": 4.8, "sgd": 0.48, "adamw": 0.016}  # at batch size 4096
-MEASURES = ("knn",)  # what the console shows besides loss, spread and speed
-MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is continued
-SAVE_MINUTES = 10  # between two checkpoints, if an epoch takes longer
+# At batch size 4096. For LARS both rules agree there: 4.8 = 0.3 * 4096 / 256 = 0.075 * sqrt(4096).
+PEAK_LR = {"lars": 4.8, "sgd": 0.48, "adamw": 0.016}
+CONSOLE_METRICS = ("knn",)  # shown besides loss, chance, spread and speed
+MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
+SAVE_MINUTES = 10  # A longer epoch also saves checkpoints midway.
+RUN_FORMAT = 2  # of the files in --out; runs of another format are refused
 
 
 # --------------------------------------------------------------------------------------
@@ -70,22 +82,26 @@ SAVE_MINUTES = 10  # between two checkpoints, if an epoch takes longer
 
 
 def augmentation(names: list[str], size: int, crop_scale: float, strength: float) -> list:
-    """The operations that make one view, in the paper's order.
+    """Build the operations that make one view, in the paper's order.
 
     Args:
-        names: those of OPERATIONS that are wanted. Without "crop" the whole image is resized.
+        names: which of OPERATIONS to use.
         size: side of the views, in pixels.
-        crop_scale: the smallest crop, as a share of the image's area.
-        strength: s, of the color jitter.
+        crop_scale: area of the smallest crop, as a share of the image's area.
+        strength: strength s of the color jitter.
+
+    Returns:
+        Operations for `common.batches`, of which the first is a crop.
     """
+    kernel_size = size // 10 | 1  # a tenth of the side, and odd
     jitter = ColorJitter(0.8 * strength, 0.8 * strength, 0.8 * strength, min(0.2 * strength, 0.5))
     operations = {
         "crop": RandomResizedCrop(size, scale=(crop_scale, 1.0), flip=0.5),
         "color": RandomApply(jitter, p=0.8),
         "gray": RandomApply(grayscale, p=0.2),
-        "blur": RandomApply(GaussianBlur(size // 10 | 1, sigma=(0.1, 2.0)), p=0.5),
+        "blur": RandomApply(GaussianBlur(kernel_size, sigma=(0.1, 2.0)), p=0.5),
     }
-    if "crop" not in names:
+    if "crop" not in names:  # The whole image is resized to a square, and not flipped.
         operations["crop"] = RandomResizedCrop(size, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
     return [operation for name, operation in operations.items() if name in ("crop", *names)]
 
@@ -96,12 +112,12 @@ def augmentation(names: list[str], size: int, crop_scale: float, strength: float
 
 
 def projection_head(width: int, layers: int, hidden: int, dim: int) -> nn.Sequential:
-    """g: h [B, width] -> z [B, dim]; without layers z = h.
+    """Build g, which maps h [B, width] to z [B, dim]. With zero layers, z = h.
 
-    Every layer is linear without bias, followed by batch norm and, except the last, by ReLU.
+    Each layer is linear without bias, followed by batch norm and, except the last, by ReLU.
     The last batch norm has a scale but no shift, as in the authors' code.
     """
-    widths = [width, *[hidden] * (layers - 1), dim]
+    widths = [width] + [hidden] * (layers - 1) + [dim]
     head = []
     for i in range(layers):
         head += [nn.Linear(widths[i], widths[i + 1], bias=False), nn.BatchNorm1d(widths[i + 1])]
@@ -120,6 +136,10 @@ def projection_head(width: int, layers: int, hidden: int, dim: int) -> nn.Sequen
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     """NT-Xent loss (Eq. 1), mean over all 2N views.
 
+    With cosine similarities s, and j the other view of the image that view i shows,
+
+        loss of i = -log( exp(s[i, j] / tau) / sum over k != i of exp(s[i, k] / tau) )
+
     Args:
         z1, z2: [N, D] embeddings of the two views; row n of both comes from image n.
             They are normalized here.
@@ -135,33 +155,37 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
         raise ValueError(f"z1 and z2 must both be [N, D], got {z1.shape} and {z2.shape}")
     z = F.normalize(torch.cat([z1, z2]), dim=1)
     similarity = z @ z.T / temperature
-    similarity = similarity.fill_diagonal_(-torch.inf)  # 1[k != i]
-    positives = torch.arange(len(z), device=z.device).roll(len(z1))
-    # The denominator of Eq. 1 is the sum over a row in the softmax of the cross-entropy.
+    similarity.fill_diagonal_(-torch.inf)  # leaves k = i out of the denominator
+    positives = torch.arange(len(z), device=z.device).roll(len(z1))  # j = i + N, modulo 2N
+    # Cross-entropy is -log softmax: the softmax's sum over a row is the denominator.
     return F.cross_entropy(similarity, positives)
 
 
 def lower_bound(N: int, temperature: float) -> float:
-    """The least NT-Xent loss of N images: that of a simplex in which both views are equal."""
+    """Lower bound of the NT-Xent loss of N images.
+
+    It is reached when both views of an image coincide and the images form a simplex, in which the
+    cosine of any two is -1 / (N - 1).
+    """
     return math.log1p((2 * N - 2) * math.exp(-N / (N - 1) / temperature))
 
 
 def gather(z: Tensor, accelerator: Accelerator) -> Tensor:
-    """z [B, ...] of every process -> [P * B, ...] on all, differentiable with respect to z.
+    """Gather z [B, ...] of all P processes as [P * B, ...], with a gradient for one's own rows.
 
-    All P processes compute the whole loss, so a process's own rows already carry their whole
-    gradient. DDP then averages the parameter gradients over processes, hence the factor P.
+    Every process computes the whole loss, so its own rows already carry their whole gradient. DDP
+    then averages the parameter gradients over the processes, hence the factor P.
     """
     P = accelerator.num_processes
-    everyone = list(accelerator.gather(z.detach()).chunk(P))
-    everyone[accelerator.process_index] = z.detach() + P * (z - z.detach())
-    return torch.cat(everyone)
+    parts = list(accelerator.gather(z.detach()).chunk(P))
+    parts[accelerator.process_index] = z.detach() + P * (z - z.detach())  # z, its gradient times P
+    return torch.cat(parts)
 
 
 def find_problems(row: dict, warmed_up: bool) -> list[str]:
-    """Warnings that the metrics of an epoch give rise to."""
+    """Return warnings about the metrics of one epoch."""
     found = []
-    if row["spread"] < 0.1:
+    if row["spread"] < 0.1:  # 1 if embeddings fill the sphere, 0 if all are equal
         found.append("the embeddings collapse: their spread should be near 1, and is near 0")
     if warmed_up and row["chance"] - row["loss"] < 0.02 * (row["chance"] - row["bound"]):
         found.append("the loss stays at chance: use another --lr or --temperature")
@@ -176,8 +200,12 @@ def find_problems(row: dict, warmed_up: bool) -> list[str]:
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017), as in SimCLR's code.
 
-    The learning rate is inside the momentum buffer. One-dimensional parameters (batch norm,
-    biases) are neither decayed nor adapted.
+        g <- gradient + weight_decay * p
+        buffer <- momentum * buffer + lr * trust_coefficient * |p| / |g| * g
+        p <- p - buffer
+
+    The learning rate is inside the buffer, so that a new rate does not rescale past gradients.
+    One-dimensional parameters (batch norm, biases) are neither decayed nor adapted.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust_coefficient=0.001):
@@ -205,13 +233,13 @@ class LARS(torch.optim.Optimizer):
                 state = self.state[p]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(p)
-                momentum = state["momentum_buffer"]
-                momentum.mul_(group["momentum"]).add_(g, alpha=group["lr"])
-                p.sub_(momentum)
+                buffer = state["momentum_buffer"]
+                buffer.mul_(group["momentum"]).add_(g, alpha=group["lr"])
+                p.sub_(buffer)
 
 
 def build_optimizer(name: str, params, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """The optimizer of --optimizer."""
+    """Build the optimizer that --optimizer names."""
     if name == "lars":
         return LARS(params, lr, weight_decay=weight_decay)
     if name == "sgd":
@@ -232,17 +260,18 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
 
 
 def open_run(out: Path, settings: dict, accelerator: Accelerator) -> dict | None:
-    """Create the folder of a run, or reopen it.
+    """Create the folder of a run and its config.json, or reopen it.
 
     Args:
         out: a folder that is new, empty, or holds a run with the same settings.
         settings: all that the result of the run depends on.
+        accelerator: of the run; its main process writes.
 
     Returns:
-        The checkpoint to continue from, or None.
+        The checkpoint to resume from, or None if there is none yet.
 
     Raises:
-        SystemExit: with one line, if the folder holds anything else.
+        SystemExit: if the folder holds anything else, or cannot be used. The message is one line.
     """
     path = out / "config.json"
     is_new = not path.exists()
@@ -250,38 +279,46 @@ def open_run(out: Path, settings: dict, accelerator: Accelerator) -> dict | None
         common.fail(f"{out} is not empty and does not hold a run: choose another --out")
     if not is_new:
         config = common.read_json(path)
-        if not isinstance(config, dict) or config.get("format") != 2:
+        if not isinstance(config, dict) or config.get("format") != RUN_FORMAT:
             common.fail(f"{out} was made by another version of this code: choose another --out")
         before = config.get("settings", {})
         changed = [name for name in settings if settings[name] != before.get(name)]
         if changed:
-            was = ", ".join(f"{name} ({before.get(name)})" for name in changed)
+            previous = ", ".join(f"{name} was {before.get(name)}" for name in changed)
             common.fail(
-                f"{out} holds a run with another {was}: "
-                "repeat its flags to continue it, or choose another --out"
+                f"{out} holds a run with other settings ({previous}): "
+                "repeat its command to resume it, or choose another --out"
             )
 
     accelerator.wait_for_everyone()
     if is_new and accelerator.is_main_process:
         packages = {name: version(name) for name in ("torch", "torchvision", "accelerate")}
         devices = f"{accelerator.num_processes} x {accelerator.device}"
-        config = {"format": 2, "settings": settings, "devices": devices, "versions": packages}
-        common.write_json(path, config)
+        config = {"format": RUN_FORMAT, "settings": settings}
+        common.write_json(path, config | {"devices": devices, "versions": packages})
     checkpoint = out / "checkpoint.pt"
     return common.read_checkpoint(checkpoint) if checkpoint.exists() else None
 
 
 def save_run(out: Path, state: dict) -> None:
-    """Write the metrics so far and a checkpoint. Nobody ever meets half a file."""
+    """Write metrics.jsonl and checkpoint.pt. Each replaces the old one only when it is complete.
+
+    Args:
+        out: the folder of the run.
+        state: all that is needed to resume the run, with the metrics so far as "rows".
+
+    Raises:
+        SystemExit: if the files cannot be written. The message is one line.
+    """
     try:
         with common.atomic_write(out / "metrics.jsonl") as file:
             file.write_text("".join(json.dumps(row) + "\n" for row in state["rows"]))
         with common.atomic_write(out / "checkpoint.pt") as file:
             torch.save(state, file)
-    except (OSError, RuntimeError) as error:  # torch raises the latter if the disk is full
+    except (OSError, RuntimeError) as error:  # If the disk is full, torch raises the latter.
         common.fail(
-            f"the run could not be saved in {out} ({str(error).splitlines()[0]}): "
-            "free some space, and the same command continues from the last checkpoint"
+            f"the run could not be saved in {out} ({error}): the last checkpoint is kept; "
+            "if the disk is full, free some space and repeat the command to resume"
         )
 
 
@@ -291,7 +328,7 @@ def save_run(out: Path, state: dict) -> None:
 
 
 def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argparse.Namespace:
-    """The flags; those that are not given have the defaults of the preset, or else those below."""
+    """Parse the flags. A flag that is not given takes the preset's value, or its default below."""
     parser = argparse.ArgumentParser(
         "simclr.py",
         description="Pretrain an image encoder with SimCLR.",
@@ -305,7 +342,7 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
     add = parser.add_argument_group("model").add_argument
     add("--arch", choices=common.ARCHITECTURES, default="resnet18", help="encoder f")
     add("--stem", choices=("3x3", "7x7"), help="first layer (default: 3x3 up to 64 pixels)")
-    add("--init", help="encoder.safetensors to start from")
+    add("--init", help="encoder.safetensors whose weights f starts from")
     add("--head-layers", type=int, choices=range(4), default=2, help="layers of the head g")
     add("--hidden", type=common.positive_int, default=512, help="width of the head's inner layers")
     add("--dim", type=common.positive_int, default=128, help="dimensions of z")
@@ -326,7 +363,7 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
         "--crop-scale",
         type=common.positive_fraction,
         default=0.08,
-        help="smallest crop, as a share of the area",
+        help="area of the smallest crop, as a share of the image's",
     )
     add(
         "--color-strength",
@@ -338,7 +375,7 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
 
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=common.positive_int, default=100, help="passes over the images")
-    add("--max-steps", type=common.positive_int, help="end the run and its schedule at this step")
+    add("--max-steps", type=common.positive_int, help="end the run, and its schedule, here")
     add(
         "--batch-size",
         type=common.int_above_1,
@@ -349,7 +386,7 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
     add(
         "--lr",
         type=common.positive_float,
-        help="peak learning rate (default: follows from optimizer and batch size)",
+        help="peak learning rate (default: by --optimizer and --batch-size)",
     )
     add(
         "--lr-rule",
@@ -369,7 +406,7 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
         default=1e-6,
         help="weight decay of the optimizer",
     )
-    add("--seed", type=common.nonnegative_int, default=0, help="seed of weights, batches and views")
+    add("--seed", type=common.nonnegative_int, default=0, help="random seed of weights and views")
 
     add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, help="folder of the run (default: runs/simclr-DATA)")
@@ -386,7 +423,7 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
         power = {"linear": 1, "sqrt": 0.5}[args.lr_rule]
         args.lr = PEAK_LR[args.optimizer] * (args.batch_size / 4096) ** power
     if args.out is None:
-        args.out = Path("runs", f"simclr-{Path(args.data).name}")
+        args.out = Path("runs", f"simclr-{Path(args.data).absolute().name}")
     return args
 
 
@@ -404,14 +441,16 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     common.check_launcher()
     common.tune_cpu(device)
 
-    # Data: images without labels to train on; a labelled bank and a test set to evaluate with.
+    # Data: images to train on, without labels. Labeled training images (the bank) and test images
+    # serve to evaluate.
     images, bank, test = common.load_splits(
         args.data, args.root, args.limit, device, args.workers, args.stream
     )
-    args = parse_arguments(argv, PRESETS.get(args.data))
+    args = parse_arguments(argv, PRESETS.get(args.data))  # again, now that the data is known
     args.image_size = args.image_size or images.side
     args.stem = args.stem or ("3x3" if args.image_size <= 64 else "7x7")
-    args.augment = args.augment or list(OPERATIONS[: 4 if args.image_size > 64 else 3])
+    names = [name for name in OPERATIONS if name != "blur" or args.image_size > 64]
+    args.augment = args.augment or names
     recipe = augmentation(args.augment, args.image_size, args.crop_scale, args.color_strength)
     common.check_batch_size(args.batch_size, len(images), processes)
     epoch_steps = len(images) // args.batch_size
@@ -431,7 +470,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     optimizer = build_optimizer(args.optimizer, network.parameters(), args.lr, args.weight_decay)
     model, optimizer = accelerator.prepare(network, optimizer)
 
-    # Run: new, finished, or to be continued from its checkpoint.
+    # Run: start a new one, print a finished one, or resume from a checkpoint.
     settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     settings |= {"method": "simclr", "images": images.fingerprint}
     settings |= {"mixed_precision": accelerator.mixed_precision}
@@ -445,7 +484,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         optimizer.load_state_dict(checkpoint["optimizer"])
         step, rows = checkpoint["step"], checkpoint["rows"]
         losses = list(checkpoint["losses"].to(device))
-        accelerator.print(f"continuing after step {step} of {total_steps}")
+        accelerator.print(f"resuming after step {step} of {total_steps}")
 
     def state() -> dict:
         return {
@@ -457,13 +496,15 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         }
 
     accelerator.init_trackers("simclr", {name: str(value) for name, value in settings.items()})
-    accelerator.print(common.format_header(MEASURES))
+    accelerator.print(common.format_header(CONSOLE_METRICS))
+    # What a step shows depends on the seed, the epoch and the step. It does not depend on the
+    # number of processes, nor on where the run was interrupted.
     batches = common.batches(
         images, [(2, recipe)], args.batch_size, args.seed, start=step, stop=total_steps
     )
     saved_at = time.monotonic()
     while step < total_steps:
-        epoch, first_step, began = step // epoch_steps, step, time.monotonic()
+        epoch, first_step, started_at = step // epoch_steps, step, time.monotonic()
         last_step = min((epoch + 1) * epoch_steps, total_steps)
         epoch_batches = itertools.islice(batches, last_step - step)
         bar = common.progress(epoch_batches, f"epoch {epoch + 1}/{args.epochs}", last_step - step)
@@ -473,11 +514,11 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             lr = learning_rate(step, total_steps, warmup_steps, args.lr)
             optimizer.param_groups[0]["lr"] = lr
 
-            # Algorithm 1: both views of every image through f and g, then Eq. 1 on the batch
-            # of all processes.
+            # Algorithm 1: both views [2, B, 3, S, S] of every image through f and g, then Eq. 1
+            # on the batch of all processes. The images come first when they are gathered.
             x = views.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-            z = model(x).float().unflatten(0, (2, -1))  # [2, B, D]
-            z1, z2 = gather(z.transpose(0, 1), accelerator).unbind(1)
+            z = model(x).float().unflatten(0, (2, -1)).transpose(0, 1)  # [B, 2, D]
+            z1, z2 = gather(z, accelerator).unbind(1)
             loss = nt_xent(z1, z2, args.temperature)
 
             optimizer.zero_grad()
@@ -493,11 +534,12 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
                 saved_at = time.monotonic()
 
         # The end of the epoch: all processes see the same loss, so all stop if it is not finite.
-        seconds = time.monotonic() - began
+        mean_loss = torch.stack(losses).mean().item()
+        seconds = time.monotonic() - started_at
         row = {
             "epoch": epoch + 1,
             "step": step,
-            "loss": torch.stack(losses).mean().item(),
+            "loss": mean_loss,
             "chance": math.log(2 * args.batch_size - 1),  # the loss of equal embeddings
             "bound": lower_bound(args.batch_size, args.temperature),
             "spread": common.spread(z1),  # of the last batch
@@ -506,14 +548,14 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             "wait": images.waited / seconds,  # share of the time
             "minutes_left": (total_steps - step) / (step - first_step) * seconds / 60,
         }
-        if not math.isfinite(row["loss"]):
+        if not math.isfinite(mean_loss):
             common.fail(
                 f"the loss of epoch {epoch + 1} is not finite: use a lower --lr and another --out"
             )
         if bank and ((epoch + 1) % args.eval_every == 0 or step == total_steps):
             row["knn"] = common.knn_accuracy(encoder, bank, test, args.image_size)
         rows.append(row)
-        accelerator.print(common.format_row(row, MEASURES))
+        accelerator.print(common.format_row(row, CONSOLE_METRICS))
         for problem in find_problems(row, step > max(warmup_steps, epoch_steps)):
             accelerator.print(f"warning: {problem}")
         accelerator.log(row, step=step)
@@ -522,7 +564,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             save_run(args.out, state())
         saved_at = time.monotonic()
 
-    # The end of the run: the table, and the encoder for others.
+    # The end of the run: write and print its results, and export the encoder.
     about = {
         "method": "simclr",
         "architecture": args.arch,

@@ -2,28 +2,46 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.6", "torchvision>=0.21", "numpy>=1.26", "accelerate>=1.2"]
 # ///
-"""SupCon: Supervised Contrastive Learning (Khosla, Teterwak, Wang, Sarna, Tian, Isola, Maschinot,
-Liu and Krishnan, NeurIPS 2020, https://arxiv.org/abs/2004.11362), and its cross-entropy baseline.
+"""SupCon: Supervised Contrastive Learning, and its cross-entropy baseline.
 
-    python supcon.py                                      the bundled images, on a laptop
-    python supcon.py --loss ce                            the same encoder by cross-entropy
+Khosla, Teterwak, Wang, Sarna, Tian, Isola, Maschinot, Liu and Krishnan, NeurIPS 2020,
+https://arxiv.org/abs/2004.11362
+
+    python supcon.py                                    # the bundled images, on a laptop
+    python supcon.py --loss ce                          # the same encoder by cross-entropy
     accelerate launch --mixed_precision bf16 supcon.py --data cifar10 --epochs 500
     accelerate launch --multi_gpu --num_processes 8 supcon.py --data FOLDER --batch-size 4096
 
-The same command again goes on with an interrupted run. Deviations: the mean of Eq. 2 or 3 over the
-anchors that have a positive, unscaled (the authors' codes: times temperature / 0.07, or times the
-temperature); SGD in place of LARS; defaults for small images; on CPUs each process has its own BN.
+The run is kept in --out. It can be stopped at any time; the same command continues it.
+
+Where to find the parts of the paper:
+- Eq. 2, L_out, and Eq. 3, L_in: `supcon_loss`
+- section 3.1, stage 1 (encoder, projection head, two views): the inner loop of `main`
+- section 3.1, stage 2 (a linear classifier): the table at the end of the run, and linear_eval.py
+- section 3.2.3, triplet and N-pairs losses as special cases: the docstring of `supcon_loss`
+- the number of positives (section 4.4 and appendix): --max-positives
+
+Differences from the paper and the authors' code:
+- The loss is the mean over the anchors that have a positive, as the equations are printed. The
+  authors' PyTorch code multiplies it by temperature / 0.07, their TensorFlow code by the
+  temperature. So losses and learning rates are not on their scale.
+- The optimizer is SGD or AdamW; for ImageNet the paper used LARS.
+- The defaults are for small batches: batch size 256 and a head of width 512.
+- On CPUs each process has its own batch norm statistics, because PyTorch synchronizes them only on
+  GPUs.
+
+How to adapt it:
+- Your own encoder: build it in `main` in place of `common.build_encoder`. It maps images
+  [B, 3, H, W] to features [B, width] and has an attribute `width`.
+- Other channels than RGB: change `common.read_image`, which reads files, and the first layer in
+  `common.build_encoder`; and leave "color" and "gray" out of OPERATIONS.
 """
 
 import argparse
+import itertools
 import json
 import math
-import os
-import signal
-import sys
 import time
-from collections.abc import Sequence
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,295 +50,556 @@ import torch.nn.functional as F
 import torchvision
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import tqdm
 from torch import Tensor, nn
 
 import common
-from common import ColorJitter, GaussianBlur, RandomApply, RandomResizedCrop, fail, grayscale
+from common import ColorJitter, GaussianBlur, RandomApply, RandomResizedCrop, grayscale
 
-# What 2 CPU cores learn from the bundled images in some minutes; a flag that is given wins.
-BUNDLED = {"arch": "small", "epochs": 36, "optimizer": "adamw", "warmup_epochs": 1}
+# Defaults that depend on the data. Flags given on the command line take precedence.
+PRESETS = {
+    "fashion-mini": {
+        "arch": "small",
+        "epochs": 36,
+        "optimizer": "adamw",
+        "warmup_epochs": 1.0,
+    },
+}
 OPERATIONS = ("crop", "color", "gray", "blur")
-LR_256 = {"sgd": 0.125, "adamw": 0.004}  # peak rates at batch 256
-MAY_BE_0 = {"label_noise", "color_strength", "warmup_epochs", "weight_decay", "seed"}
-MAY_CHANGE = {"root", "eval_every", "workers", "out", "log_with"}  # when a run goes on
+PEAK_LR = {"sgd": 0.125, "adamw": 0.004}  # at batch size 256
+# Shown besides loss, chance, spread and speed, for each --loss.
+CONSOLE_METRICS = {"out": ("knn",), "in": ("knn",), "ce": ("knn", "classifier")}
+MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
+SAVE_MINUTES = 10  # A longer epoch also saves checkpoints midway.
+RUN_FORMAT = 2  # of the files in --out; runs of another format are refused
 
-# ----------------------------------------------------------------------------- arguments
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags, checked as far as they can be without the data."""
-    p = argparse.ArgumentParser("supcon.py", epilog=f"defaults with the bundled images: {BUNDLED}",
-                                description="SupCon pretraining", allow_abbrev=False)
-    p.error = fail
-    def flag(name: str, help: str, default: object = None, **more: object) -> None:
-        shown = "" if default is None else " (default: %(default)s)"
-        p.add_argument(name, help=help + shown, default=default, **more)
-    flag("--data", default="fashion-mini", help=f"{', '.join(common.SETS)} or a folder")
-    flag("--root", default="data", help="folder where torchvision's sets are or will be put")
-    flag("--limit", type=int, help="train on the first so many images of a fixed shuffle")
-    flag("--stream", action="store_true", help="read image files anew each epoch, as if too many")
-    flag("--image-size", type=int, help="side of the views (default: the images', at most 224)")
-    flag("--arch", choices=common.ARCHITECTURES, default="resnet18", help="encoder f")
-    flag("--stem", choices=("3x3", "7x7"), help="first layer (default: 3x3 up to 64 pixels)")
-    flag("--init", help="an encoder.safetensors to start from")
-    flag("--loss", choices=("out", "in", "ce"), default="out", help="L_out, L_in, or cross-entropy")
-    flag("--max-positives", type=int, help="positives of an anchor, its own views first (all)")
-    flag("--label-noise", type=float, default=0, help="share of training labels made wrong")
-    flag("--head-layers", type=int, choices=(1, 2, 3), default=2, help="layers of the projection")
-    flag("--hidden", type=int, default=512, help="width of the projection's hidden layers")
-    flag("--dim", type=int, default=128, help="dimensions of z")
-    flag("--augment", nargs="+", choices=OPERATIONS, help="operations (default: all, blur > 64 px)")
-    flag("--crop-scale", type=float, default=0.2, help="smallest crop, as a share of the area")
-    flag("--color-strength", type=float, default=0.5, help="strength s of the colours")
-    flag("--temperature", type=float, default=0.1, help="temperature of the loss")
-    flag("--epochs", type=int, default=100, help="passes over the images")
-    flag("--max-steps", type=int, help="make the run, and its schedule, no longer than this")
-    flag("--batch-size", type=int, default=256, help="images a step, over all processes")
-    flag("--optimizer", choices=LR_256, default="sgd", help="optimiser")
-    flag("--lr", type=float, help="peak learning rate (default: by optimiser and batch)")
-    flag("--warmup-epochs", type=float, default=10, help="epochs of linear warm-up")
-    flag("--weight-decay", type=float, default=1e-4, help="weight decay")
-    flag("--seed", type=int, default=0, help="seed of the weights, batches and views")
-    flag("--eval-every", type=int, default=5, help="epochs between kNN evaluations")
-    flag("--workers", type=int, help="readers of files, of each process (default: cores, to 16)")
-    flag("--out", help="folder of the run (default: runs/supcon-DATA)")
-    flag("--log-with", choices=[*map(str, get_available_trackers())], help="an installed tracker")
-    if p.parse_args(argv).data == "fashion-mini":
-        p.set_defaults(**BUNDLED)
-    args = p.parse_args(argv)
-    for k, v in vars(args).items():
-        low, top = k == "image_size", {"crop_scale": 1, "label_noise": 1,
-                                               "seed": 2**63 - 1}.get(k, 1e30)
-        if isinstance(v, int | float) and not (low < v <= top or (v == 0 and k in MAY_BE_0)):
-            fail(f"--{k.replace('_', '-')} {v} is out of range")
-    args.lr = args.lr or LR_256[args.optimizer] * args.batch_size / 256
-    if args.loss == "ce" and args.max_positives:
-        fail("--max-positives is for --loss out and in")
-    args.out = Path(args.out or f"runs/supcon-{Path(args.data).name}")
-    return args
 
-# -------------------------------------------------------------------------- augmentation
-def augmentation(names: Sequence[str], size: int, crop_scale: float, s: float) -> list:
-    """SimCLR's operations, in their order; without "crop" the whole image, resized."""
-    whole = RandomResizedCrop(size, (1.0, 1.0), (1.0, 1.0), flip=0.0)
-    recipe = {
-        "crop": RandomResizedCrop(size, (crop_scale, 1.0), flip=0.5) if "crop" in names else whole,
-        "color": RandomApply(ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, min(0.2 * s, 0.5)), p=0.8),
+# --------------------------------------------------------------------------------------
+# Augmentation (that of SimCLR) and label noise
+# --------------------------------------------------------------------------------------
+
+
+def augmentation(names: list[str], size: int, crop_scale: float, strength: float) -> list:
+    """Build the operations that make one view, in SimCLR's order.
+
+    Args:
+        names: which of OPERATIONS to use.
+        size: side of the views, in pixels.
+        crop_scale: area of the smallest crop, as a share of the image's area.
+        strength: strength s of the color jitter.
+
+    Returns:
+        Operations for `common.batches`, of which the first is a crop.
+    """
+    kernel_size = size // 10 | 1  # a tenth of the side, and odd
+    jitter = ColorJitter(0.8 * strength, 0.8 * strength, 0.8 * strength, min(0.2 * strength, 0.5))
+    operations = {
+        "crop": RandomResizedCrop(size, scale=(crop_scale, 1.0), flip=0.5),
+        "color": RandomApply(jitter, p=0.8),
         "gray": RandomApply(grayscale, p=0.2),
-        "blur": RandomApply(GaussianBlur(size // 10 | 1, (0.1, 2.0)), p=0.5),
+        "blur": RandomApply(GaussianBlur(kernel_size, sigma=(0.1, 2.0)), p=0.5),
     }
-    return [operation for name, operation in recipe.items() if name in ("crop", *names)]
+    if "crop" not in names:  # The whole image is resized to a square, and not flipped.
+        operations["crop"] = RandomResizedCrop(size, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
+    return [operation for name, operation in operations.items() if name in ("crop", *names)]
 
-# --------------------------------------------------------------------------------- model
-def mislabelled(labels: Tensor, C: int, share: float, seed: int) -> Tensor:
-    """labels [N] of C classes, of which a share, drawn by the seed, became any of the others."""
+
+def mislabel(labels: Tensor, classes: int, share: float, seed: int) -> Tensor:
+    """Give a share of the labels [N] another class, drawn at random."""
     rng = common.generator(seed)
-    i = torch.randperm(len(labels), generator=rng)[: round(share * len(labels))]
-    wrong = labels[i] + torch.randint(1, C, (len(i),), generator=rng)
-    return labels.index_copy(0, i, wrong % C)
+    chosen = torch.randperm(len(labels), generator=rng)[: round(share * len(labels))]
+    shift = torch.randint(1, classes, (len(chosen),), generator=rng)
+    return labels.index_copy(0, chosen, (labels[chosen] + shift) % classes)
 
-# ---------------------------------------------------------------------------------- loss
-def supcon_loss(z: Tensor, labels: Tensor, temperature: float, variant: str = "out",
-                max_positives: int | None = None) -> Tensor:
-    """L_out (Eq. 2) or L_in (Eq. 3): z [N, V, D], V views each, as they are (the paper's have unit
-    length), labels [N] → scalar. Mean over the anchors, all views, that have a positive; 0 if none
-    has. max_positives: of each anchor these P(i) at most, its own views, then those of the next
-    images of its class in the batch, round and round; A(i) stays (the authors' TensorFlow code
-    takes the rest out of it as well). ValueError for other shapes or variants.
 
-    With unique labels it is NT-Xent; with V = 1, temperature 1 and two of each class, the N-pairs
-    loss. With one positive p and one negative n of unit length, the term of anchor a is
-    ln 2 + (|a - p|² - |a - n|²) / 4τ + O(x²), x = (|a - p|² - |a - n|²) / 2τ: a triplet loss up to
-    scale and constant, but only for x near 0 (the paper's chain has it at all distances).
+def share_alone(labels: Tensor, batch_size: int) -> float:
+    """The share of a batch's images that can be expected to be the only one of their class."""
+    share = labels.bincount() / len(labels)  # of each class
+    return (share * (1 - share) ** (batch_size - 1)).sum().item()
+
+
+# --------------------------------------------------------------------------------------
+# Loss
+# --------------------------------------------------------------------------------------
+
+
+def supcon_loss(
+    z: Tensor,
+    labels: Tensor,
+    temperature: float,
+    variant: str = "out",
+    max_positives: int | None = None,
+) -> Tensor:
+    """Supervised contrastive loss, mean over the anchors: all views that have a positive.
+
+    With P(i) the other views of anchor i's class, and A(i) all views but i,
+
+        p[i, j] = exp(z[i] z[j] / tau) / sum over a in A(i) of exp(z[i] z[a] / tau)
+        "out" (Eq. 2): loss of i = -mean over j in P(i) of log p[i, j]
+        "in" (Eq. 3):  loss of i = -log( mean over j in P(i) of p[i, j] )
+
+    With unique labels it is NT-Xent. With one view, temperature 1 and two images of each class it
+    is the N-pairs loss. With one positive p and one negative n, of unit length, the loss of anchor
+    a is ln 2 + (|a - p|^2 - |a - n|^2) / 4 tau + O(x^2), where x = (|a - p|^2 - |a - n|^2) / 2 tau:
+    a triplet loss up to scale and constant, but only for x near 0 (in the paper at any distance).
+
+    Args:
+        z: [N, V, D] embeddings of V views of N images. They are used as they are; the paper's have
+            unit length.
+        labels: [N].
+        temperature: tau > 0.
+        variant: "out" or "in".
+        max_positives: the most positives that an anchor may have. Its own views come first, then
+            those of the next images of its class in the batch, in turn. A(i) stays as it is (the
+            authors' TensorFlow code takes the other positives out of it as well).
+
+    Returns:
+        Scalar; ln(NV - 1) if all embeddings are equal, 0 if no anchor has a positive.
+
+    Raises:
+        ValueError: if the shapes, the variant or the maximum are others.
     """
     if z.ndim != 3 or labels.shape != z.shape[:1] or variant not in ("out", "in"):
-        raise ValueError(f"z [N, V, D], labels [N], variant out or in, not {z.shape}, "
-                         f"{labels.shape}, {variant}")
+        raise ValueError(
+            f"z must be [N, V, D], labels [N] and variant out or in, got {z.shape}, "
+            f"{labels.shape} and {variant}"
+        )
     if max_positives is not None and max_positives < 1:
-        raise ValueError(f"max_positives must be 1 or more, not {max_positives}")
-    V, z, y = z.shape[1], z.flatten(0, 1), labels.repeat_interleave(z.shape[1])
-    i = torch.arange(len(z), device=z.device)
-    positive = (y[:, None] == y).fill_diagonal_(False)  # [NV, NV], P(i)
+        raise ValueError(f"max_positives must be at least 1, got {max_positives}")
+    V = z.shape[1]
+    z, labels = z.flatten(0, 1), labels.repeat_interleave(V)
+    positive = labels[:, None] == labels  # [NV, NV]
+    positive.fill_diagonal_(False)
     if max_positives:
-        first = (i // V * V)[:, None]  # view of the anchor's image: from there in turn
-        order, turn = (i + first) % len(z), (i - first) % len(z)
-        within = positive.gather(1, order).cumsum(1) <= max_positives
-        positive &= within.gather(1, turn)
-    least = torch.finfo(z.dtype).min  # e^least = 0: A(i) is all but i
+        positive &= nearest_in_batch(positive, V, max_positives)
+
+    # log softmax over A(i): its sum over a row is the denominator, from which this leaves i out.
+    least = torch.finfo(z.dtype).min
     log_p = (z @ z.T / temperature).fill_diagonal_(least).log_softmax(1)
-    has, count = positive.any(1), positive.sum(1).clamp(min=1).to(z.dtype)
+    count = positive.sum(1).clamp(min=1).to(z.dtype)  # |P(i)|
+    has_positive = positive.any(1)
     if variant == "out":
         loss = -log_p.masked_fill(~positive, 0).sum(1) / count
-    else:  # anchors without a positive get a finite value, and then none
-        among = positive | ~has[:, None]
-        loss = count.log() - log_p.masked_fill(~among, -torch.inf).logsumexp(1)
-    return loss.masked_fill(~has, 0).sum() / has.sum().clamp(min=1)
+    else:
+        # Anchors without a positive get a finite value first, or their gradient would be NaN.
+        included = positive | ~has_positive[:, None]
+        loss = count.log() - log_p.masked_fill(~included, -torch.inf).logsumexp(1)
+    return loss.masked_fill(~has_positive, 0).sum() / has_positive.sum().clamp(min=1)
+
+
+def nearest_in_batch(positive: Tensor, V: int, most: int) -> Tensor:
+    """Which of the positives [NV, NV] are among the first `most` of each row.
+
+    A row is searched from the first view of its anchor's image on, and around the batch.
+    """
+    i = torch.arange(len(positive), device=positive.device)
+    first = (i // V * V)[:, None]
+    turned = positive.gather(1, (i + first) % len(i))
+    within = turned.cumsum(1) <= most
+    return within.gather(1, (i - first) % len(i))
 
 
 def gather(z: Tensor, accelerator: Accelerator) -> Tensor:
-    """z [B, ...] of each process → [P·B, ...] of all, with the gradient of the one big batch.
+    """Gather z [B, ...] of all P processes as [P * B, ...], with a gradient for one's own rows.
 
-    Every process computes the whole loss, so its own rows carry their whole gradient; DDP averages
-    the parameters' gradients over the P processes, hence the factor P.
+    Every process computes the whole loss, so its own rows already carry their whole gradient. DDP
+    then averages the parameter gradients over the processes, hence the factor P.
     """
-    P, own = accelerator.num_processes, accelerator.process_index
-    everyone = list(accelerator.gather(z.detach()).chunk(P))
-    everyone[own] = z.detach() + P * (z - z.detach())
-    return torch.cat(everyone)
+    P = accelerator.num_processes
+    parts = list(accelerator.gather(z.detach()).chunk(P))
+    parts[accelerator.process_index] = z.detach() + P * (z - z.detach())  # z, its gradient times P
+    return torch.cat(parts)
 
-# ---------------------------------------------------------------- optimiser and schedule
+
+def find_problems(row: dict, warmed_up: bool) -> list[str]:
+    """Return warnings about the metrics of one epoch."""
+    found = []
+    if row["spread"] < 0.1:  # 1 if embeddings fill the sphere, 0 if all are equal
+        found.append("the embeddings collapse: their spread should be near 1, and is near 0")
+    if warmed_up and row["chance"] - row["loss"] < 0.003 * row["chance"]:
+        found.append(
+            "the loss stays at chance: use another --lr or --temperature, unless few classes or "
+            "much noise leave no more to gain"
+        )
+    return found
+
+
+# --------------------------------------------------------------------------------------
+# Optimizer and schedule
+# --------------------------------------------------------------------------------------
+
+
+def build_optimizer(name: str, params, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """Build the optimizer that --optimizer names."""
+    if name == "sgd":
+        return torch.optim.SGD(params, lr, momentum=0.9, weight_decay=weight_decay)
+    return torch.optim.AdamW(params, lr, weight_decay=weight_decay)
+
+
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
-    """Rate of step 0 .. steps - 1: linear up to the peak, then half a cosine to 0."""
+    """Learning rate of step 0 .. steps - 1: linear warm-up to the peak, then cosine to 0."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
-# ---------------------------------------------------------------------------------- main
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train, evaluate and leave a run in --out; the same arguments again go on with it."""
-    args = parse_arguments(argv)
-    out, torch.backends.cudnn.benchmark = args.out, True
-    accelerator = Accelerator(log_with=args.log_with, project_dir=out)
-    device, processes, say = accelerator.device, accelerator.num_processes, accelerator.print
-    if device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        torch.set_num_threads(os.cpu_count() // processes or 1)  # accelerate launch: one
-    _, data, test = common.load_splits(
-        args.data, args.root, args.limit, device, args.workers, args.stream)
-    if not data or data.labels.unique().numel() < 2:
-        fail(f"--data {args.data} has no labels, or a single class: take class folders, or a set")
-    bank, labels, C = data, data.labels, len(data.classes)
-    labels = mislabelled(labels, C, args.label_noise, args.seed).to(device)
-    size = args.image_size = args.image_size or data.side
-    stem = args.stem = args.stem or ("3x3" if size <= 64 else "7x7")
-    names = args.augment or OPERATIONS[: 4 if size > 64 else 3]
-    recipe = augmentation(names, size, args.crop_scale, args.color_strength)
-    N = args.batch_size
-    if not 2 <= N <= len(data) or N % processes:
-        fail(f"--batch-size: take 2 to {len(data)} images, a multiple of {processes} processes")
-    share = labels.bincount() / len(labels)  # of each class
-    alone = (share * (1 - share) ** (N - 1)).sum().item()
-    if alone > 0.1 and args.loss != "ce":
-        say(f"warning: about {100 * alone:.0f} % of a batch's {N} images are alone in their class: "
-            "take a larger --batch-size")
-    epoch_steps = len(data) // N
-    steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
-    warmup = min(round(args.warmup_epochs * epoch_steps), steps - 1)
-    settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
-    settings |= {"mixed_precision": accelerator.mixed_precision, "classes": C}
-    config = {"settings": settings, "images": data.fingerprint, "devices": f"{processes} {device}",
-              **{p: version(p) for p in ("torch", "torchvision", "accelerate")}}
+
+# --------------------------------------------------------------------------------------
+# The run's folder (the same in every script)
+# --------------------------------------------------------------------------------------
+
+
+def open_run(out: Path, settings: dict, accelerator: Accelerator) -> dict | None:
+    """Create the folder of a run and its config.json, or reopen it.
+
+    Args:
+        out: a folder that is new, empty, or holds a run with the same settings.
+        settings: all that the result of the run depends on.
+        accelerator: of the run; its main process writes.
+
+    Returns:
+        The checkpoint to resume from, or None if there is none yet.
+
+    Raises:
+        SystemExit: if the folder holds anything else, or cannot be used. The message is one line.
+    """
+    path = out / "config.json"
+    is_new = not path.exists()
+    if is_new and any(out.glob("[!.]*")):
+        common.fail(f"{out} is not empty and does not hold a run: choose another --out")
+    if not is_new:
+        config = common.read_json(path)
+        if not isinstance(config, dict) or config.get("format") != RUN_FORMAT:
+            common.fail(f"{out} was made by another version of this code: choose another --out")
+        before = config.get("settings", {})
+        changed = [name for name in settings if settings[name] != before.get(name)]
+        if changed:
+            previous = ", ".join(f"{name} was {before.get(name)}" for name in changed)
+            common.fail(
+                f"{out} holds a run with other settings ({previous}): "
+                "repeat its command to resume it, or choose another --out"
+            )
+
+    accelerator.wait_for_everyone()
+    if is_new and accelerator.is_main_process:
+        packages = {name: version(name) for name in ("torch", "torchvision", "accelerate")}
+        devices = f"{accelerator.num_processes} x {accelerator.device}"
+        config = {"format": RUN_FORMAT, "settings": settings}
+        common.write_json(path, config | {"devices": devices, "versions": packages})
+    checkpoint = out / "checkpoint.pt"
+    return common.read_checkpoint(checkpoint) if checkpoint.exists() else None
+
+
+def save_run(out: Path, state: dict) -> None:
+    """Write metrics.jsonl and checkpoint.pt. Each replaces the old one only when it is complete.
+
+    Args:
+        out: the folder of the run.
+        state: all that is needed to resume the run, with the metrics so far as "rows".
+
+    Raises:
+        SystemExit: if the files cannot be written. The message is one line.
+    """
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        old = json.loads((out / "config.json").read_text()) if any(out.glob("[!.]*")) else config
-        if changed := [f"{k} ({v})" for k, v in old["settings"].items() if settings.get(k) != v]:
-            fail(f"{out} holds a run with another {', '.join(changed)}: take it or another --out")
-        results = (out / "results.json").exists() and json.loads((out / "results.json").read_text())
-        state = (out / "checkpoint.pt").exists() and torch.load(
-            out / "checkpoint.pt", map_location="cpu", weights_only=True)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process and not results:
-            with common.written_aside(out / "config.json") as aside:
-                aside.write_text(json.dumps(old | {"images": data.fingerprint}, indent=1))
-    except Exception as error:  # damaged files lead to nearly everything
-        fail(f"--out {out} is no folder of a run, nor can it be made one ({error!r:.200})")
-    if results:
-        return say(f"{out} is finished; test accuracy in percent:\n{common.table(results)}")
+        with common.atomic_write(out / "metrics.jsonl") as file:
+            file.write_text("".join(json.dumps(row) + "\n" for row in state["rows"]))
+        with common.atomic_write(out / "checkpoint.pt") as file:
+            torch.save(state, file)
+    except (OSError, RuntimeError) as error:  # If the disk is full, torch raises the latter.
+        common.fail(
+            f"the run could not be saved in {out} ({error}): the last checkpoint is kept; "
+            "if the disk is full, free some space and repeat the command to resume"
+        )
+
+
+# --------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------
+
+
+def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argparse.Namespace:
+    """Parse the flags. A flag that is not given takes the preset's value, or its default below."""
+    parser = argparse.ArgumentParser(
+        "supcon.py",
+        description="Pretrain an image encoder with labels, by SupCon or cross-entropy.",
+        epilog=common.describe_presets(PRESETS),
+        formatter_class=common.HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.error = common.fail
+    common.add_data_arguments(parser)
+
+    add = parser.add_argument_group("model").add_argument
+    add("--arch", choices=common.ARCHITECTURES, default="resnet18", help="encoder f")
+    add("--stem", choices=("3x3", "7x7"), help="first layer (default: 3x3 up to 64 pixels)")
+    add("--init", help="encoder.safetensors whose weights f starts from")
+    add("--head-layers", type=int, choices=(1, 2, 3), default=2, help="layers of the head")
+    add("--hidden", type=common.positive_int, default=512, help="width of the head's inner layers")
+    add("--dim", type=common.positive_int, default=128, help="dimensions of z")
+
+    add = parser.add_argument_group("method").add_argument
+    add("--loss", choices=CONSOLE_METRICS, default="out", help="L_out, L_in or cross-entropy")
+    add(
+        "--max-positives",
+        type=common.positive_int,
+        help="most positives of an anchor, its own views first (default: all)",
+    )
+    add(
+        "--label-noise",
+        type=common.fraction,
+        default=0.0,
+        help="share of the training images that get a wrong label",
+    )
+    add(
+        "--image-size",
+        type=common.int_above_1,
+        help="side of the views in pixels (default: the side of the images, at most 224)",
+    )
+    add(
+        "--augment",
+        nargs="+",
+        choices=OPERATIONS,
+        help="operations that make a view (default: all, but blur only above 64 pixels)",
+    )
+    add(
+        "--crop-scale",
+        type=common.positive_fraction,
+        default=0.2,
+        help="area of the smallest crop, as a share of the image's",
+    )
+    add(
+        "--color-strength",
+        type=common.nonnegative_float,
+        default=0.5,
+        help="strength s of the color jitter",
+    )
+    add("--temperature", type=common.positive_float, default=0.1, help="temperature tau")
+
+    add = parser.add_argument_group("optimization").add_argument
+    add("--epochs", type=common.positive_int, default=100, help="passes over the images")
+    add("--max-steps", type=common.positive_int, help="end the run, and its schedule, here")
+    add(
+        "--batch-size",
+        type=common.int_above_1,
+        default=256,
+        help="images per step, over all processes",
+    )
+    add("--optimizer", choices=PEAK_LR, default="sgd", help="algorithm that updates the weights")
+    add(
+        "--lr",
+        type=common.positive_float,
+        help="peak learning rate (default: by --optimizer and --batch-size)",
+    )
+    add(
+        "--warmup-epochs",
+        type=common.nonnegative_float,
+        default=10.0,
+        help="epochs of linear warm-up",
+    )
+    add(
+        "--weight-decay",
+        type=common.nonnegative_float,
+        default=1e-4,
+        help="weight decay of the optimizer",
+    )
+    add("--seed", type=common.nonnegative_int, default=0, help="random seed of weights and views")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--out", type=Path, help="folder of the run (default: runs/supcon-DATA)")
+    add("--eval-every", type=common.positive_int, default=5, help="epochs between kNN evaluations")
+    add(
+        "--log-with",
+        choices=[*map(str, get_available_trackers())],
+        help="experiment tracker to report to",
+    )
+
+    parser.set_defaults(**preset or {})
+    args = parser.parse_args(argv)
+    if args.loss == "ce" and args.max_positives:
+        common.fail("--max-positives is for --loss out and in")
+    if args.lr is None:
+        args.lr = PEAK_LR[args.optimizer] * args.batch_size / 256
+    if args.out is None:
+        args.out = Path("runs", f"supcon-{Path(args.data).absolute().name}")
+    return args
+
+
+# --------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
+    """Pretrain, evaluate, and leave the run in --out."""
+    args = parse_arguments(argv)
+    torch.backends.cudnn.benchmark = True
+    accelerator = Accelerator(log_with=args.log_with, project_dir=args.out)
+    device, processes = accelerator.device, accelerator.num_processes
+    common.check_launcher()
+    common.tune_cpu(device)
+
+    # Data: labeled images to train on, which also serve to evaluate, with test images.
+    _, images, test = common.load_splits(
+        args.data, args.root, args.limit, device, args.workers, args.stream
+    )
+    if not images or images.labels.unique().numel() < 2:
+        common.fail(
+            f"--data {args.data} has no labels, or a single class: use a folder with one folder "
+            "per class, or a data set"
+        )
+    classes = len(images.classes)
+    args = parse_arguments(argv, PRESETS.get(args.data))  # again, now that the data is known
+    args.image_size = args.image_size or images.side
+    args.stem = args.stem or ("3x3" if args.image_size <= 64 else "7x7")
+    names = [name for name in OPERATIONS if name != "blur" or args.image_size > 64]
+    args.augment = args.augment or names
+    recipe = augmentation(args.augment, args.image_size, args.crop_scale, args.color_strength)
+    common.check_batch_size(args.batch_size, len(images), processes)
+    labels = mislabel(images.labels, classes, args.label_noise, args.seed).to(device)
+    alone = share_alone(labels, args.batch_size)
+    if args.loss != "ce" and alone > 0.1:
+        accelerator.print(
+            f"warning: about {100 * alone:.0f} % of the {args.batch_size} images of a batch are "
+            "alone in their class: use a larger --batch-size"
+        )
+    epoch_steps = len(images) // args.batch_size
+    total_steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
+    warmup_steps = min(round(args.warmup_epochs * epoch_steps), total_steps - 1)
+
+    # Model: encoder and head (for cross-entropy, a classifier) in one module, so that a step is one
+    # forward pass.
     torch.manual_seed(args.seed)
-    about = {"architecture": args.arch, "stem": stem}
-    encoder = common.load_encoder(args.init, **about)[0] if args.init else (
-        common.build_encoder(**about))
-    head = torchvision.ops.MLP(encoder.width, [args.hidden] * (args.head_layers - 1) + [args.dim])
-    head = nn.Linear(encoder.width, C) if args.loss == "ce" else head
-    net = nn.Sequential(encoder, head).to(device, memory_format=torch.channels_last)
-    if processes > 1 and device.type == "cuda":  # it has no CPU kernel
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    make = {"sgd": partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
-    optimizer = make[args.optimizer](net.parameters(), args.lr, weight_decay=args.weight_decay)
-    model, optimizer = accelerator.prepare(net, optimizer)
-    done, rows, sums = 0, [], torch.zeros(3, device=device)  # the epoch's losses, spreads, steps
-    if state:
-        net.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        new = old["images"] != data.fingerprint  # then one step at least is done, for its row
-        done, rows, sums = min(state["step"], steps - new), state["rows"], state["sums"].to(device)
-        say(f"going on after step {done} of {steps}"
-            + f"; the files changed: {old['images']}, now {data.fingerprint}" * new)
-    signals, halt = [], 0  # looked at between steps; launchers repeat one, the third ends the run
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda n, _: signals.append(n) or (signals[2:] and os._exit(128 + n)))
-    accelerator.init_trackers("supcon", {k: str(v) for k, v in settings.items()})
-    chance = math.log(C if args.loss == "ce" else 2 * N - 1)
-    look = 1 if device.type == "cpu" else 20  # steps between two looks at what is on the device
-    saved, began, epoch_start = time.monotonic(), time.monotonic(), done
-    stream = common.batches(data, [(2, recipe)], N, args.seed, done, steps)
-    bar = tqdm(stream, total=steps, initial=done, disable=not sys.stderr.isatty())
-    for step, index, (views,) in bar:
-        if step == 0:
-            shown = torch.cat([data.centres(index[:8], size), *views[:, :8]])
-            common.save_pictures(out / "views.png", shown, len(shown) // 3)
-        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, warmup, args.lr)
-        z = model(views.flatten(0, 1).contiguous(memory_format=torch.channels_last)).float()
-        z = gather(z.unflatten(0, (2, -1)).transpose(0, 1), accelerator)  # [N, V, D]
-        y = accelerator.gather(labels[common.beside(labels, index)])
-        if args.loss == "ce":
-            loss = F.cross_entropy(z.flatten(0, 1), y.repeat_interleave(2))
-        else:
-            z = F.normalize(z, dim=2)
-            loss = supcon_loss(z, y, args.temperature, args.loss, args.max_positives)
-        optimizer.zero_grad()
-        accelerator.backward(loss)
-        optimizer.step()
-        spread = F.normalize(z[:, 0].detach(), dim=1).std(0).mean() * z.shape[2] ** 0.5
-        sums += torch.stack([loss.detach(), spread, torch.ones_like(spread)])
-        done = step + 1
-        epoch_ends = done % epoch_steps == 0 or done == steps
-        if done % look and not epoch_ends:
-            continue
-        flags = torch.stack([~sums[0].isfinite(), torch.tensor(bool(signals), device=device)])
-        nan, halt = accelerator.reduce(flags.float()).tolist()
-        if nan:
-            fail(f"the loss of step {step} is not finite: take a lower --lr, another --out")
-        if epoch_ends:
-            seconds, n = time.monotonic() - began, done - epoch_start
-            mean, spread, _ = (sums / sums[2]).tolist()
-            row = {"epoch": step // epoch_steps + 1, "step": done, "loss": mean, "chance": chance,
-                   "spread": spread, "lr": lr, "images_per_s": n * N / seconds,
-                   "wait": data.waited / seconds, "minutes_left": (steps - done) / n * seconds / 60}
-            if row["epoch"] % args.eval_every == 0 or done == steps:
-                row["knn"] = common.knn_accuracy(encoder, bank, test, size)
-                if args.loss == "ce":
-                    scores = common.extract_features(nn.Sequential(*net), test, size)
-                    row["classifier"] = common.accuracy(scores, test.labels)
-            bar.clear()
-            say(" · ".join(f"{k} {v:.4g}" for k, v in row.items()))
-            if spread < 0.1:
-                say("warning: the embedding collapses: its spread, 1 on the sphere, nears 0")
-            if done > max(warmup, epoch_steps) and chance - mean < 0.003 * chance:
-                say("warning: the loss stays at chance: take another --lr or --temperature, unless "
-                    "few classes or much noise leave no more to gain")
-            rows.append(row)
-            accelerator.log(row, step=done)
-            sums.zero_()
-            epoch_start, began, data.waited = done, time.monotonic(), 0.0
-        if accelerator.is_main_process and (epoch_ends or halt or time.monotonic() - saved > 600):
-            with common.written_aside(out / "metrics.jsonl") as aside:
-                aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            with common.written_aside(out / "checkpoint.pt") as aside:
-                torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict(),
-                            "step": done, "rows": rows, "sums": sums}, aside)
-            saved = time.monotonic()
-        if halt:
-            break
-    bar.close()
-    if halt or signals:  # the latter: while the last epoch was evaluated
-        say(f"stopped after step {done} of {steps}; the same command goes on from there")
-        raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
-    signals += [0, 0]  # from here on the first one ends the run
+    if args.init:
+        encoder, _ = common.load_encoder(args.init, architecture=args.arch, stem=args.stem)
+    else:
+        encoder = common.build_encoder(args.arch, args.stem)
+    head_widths = [args.hidden] * (args.head_layers - 1) + [args.dim]
+    head = torchvision.ops.MLP(encoder.width, head_widths)
     if args.loss == "ce":
-        say(f"test accuracy of its own classifier: {rows[-1]['classifier']:.1f}")
-    about |= {"method": f"supcon-{args.loss}", "image_size": size, "data": args.data}
-    common.finish(out, encoder, about, bank, test, args.seed, rows[-1])
+        head = nn.Linear(encoder.width, classes)
+    network = nn.Sequential(encoder, head).to(device, memory_format=torch.channels_last)
+    if processes > 1 and device.type == "cuda":
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    optimizer = build_optimizer(args.optimizer, network.parameters(), args.lr, args.weight_decay)
+    model, optimizer = accelerator.prepare(network, optimizer)
+
+    # Run: start a new one, print a finished one, or resume from a checkpoint.
+    settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
+    settings |= {"method": "supcon", "images": images.fingerprint, "classes": classes}
+    settings |= {"mixed_precision": accelerator.mixed_precision}
+    checkpoint = open_run(args.out, settings, accelerator)
+    if (args.out / "results.json").exists():
+        common.print_results(args.out)
+        return
+    step, losses, rows = 0, [], []
+    if checkpoint:
+        network.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        step, rows = checkpoint["step"], checkpoint["rows"]
+        losses = list(checkpoint["losses"].to(device))
+        accelerator.print(f"resuming after step {step} of {total_steps}")
+
+    def state() -> dict:
+        return {
+            "model": network.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+            "losses": torch.tensor(losses),
+            "rows": rows,
+        }
+
+    accelerator.init_trackers("supcon", {name: str(value) for name, value in settings.items()})
+    accelerator.print(common.format_header(CONSOLE_METRICS[args.loss]))
+    # What a step shows depends on the seed, the epoch and the step. It does not depend on the
+    # number of processes, nor on where the run was interrupted.
+    batches = common.batches(
+        images, [(2, recipe)], args.batch_size, args.seed, start=step, stop=total_steps
+    )
+    chance_classes = classes if args.loss == "ce" else 2 * args.batch_size - 1
+    saved_at = time.monotonic()
+    while step < total_steps:
+        epoch, first_step, started_at = step // epoch_steps, step, time.monotonic()
+        last_step = min((epoch + 1) * epoch_steps, total_steps)
+        epoch_batches = itertools.islice(batches, last_step - step)
+        bar = common.progress(epoch_batches, f"epoch {epoch + 1}/{args.epochs}", last_step - step)
+        for index, (views,) in bar:
+            if step == 0:
+                common.save_views(args.out / "views.png", images, index, [views])
+            lr = learning_rate(step, total_steps, warmup_steps, args.lr)
+            optimizer.param_groups[0]["lr"] = lr
+
+            # Both views [2, B, 3, S, S] of every image through encoder and head, then the loss of
+            # the batch of all processes. The images come first when they are gathered.
+            x = views.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+            z = model(x).float().unflatten(0, (2, -1)).transpose(0, 1)  # [B, 2, D]
+            z = gather(z, accelerator)
+            y = accelerator.gather(labels[common.to_device_of(labels, index)])
+            if args.loss == "ce":
+                loss = F.cross_entropy(z.flatten(0, 1), y.repeat_interleave(2))
+            else:
+                z = F.normalize(z, dim=2)
+                loss = supcon_loss(z, y, args.temperature, args.loss, args.max_positives)
+
+            optimizer.zero_grad()
+            accelerator.backward(loss)
+            optimizer.step()
+
+            step += 1
+            losses.append(loss.detach())
+            minutes = (time.monotonic() - saved_at) / 60
+            if minutes > SAVE_MINUTES and step < last_step and accelerator.is_main_process:
+                if torch.stack(losses).isfinite().all():
+                    save_run(args.out, state())
+                saved_at = time.monotonic()
+
+        # The end of the epoch: all processes see the same loss, so all stop if it is not finite.
+        mean_loss = torch.stack(losses).mean().item()
+        seconds = time.monotonic() - started_at
+        row = {
+            "epoch": epoch + 1,
+            "step": step,
+            "loss": mean_loss,
+            "chance": math.log(chance_classes),  # the loss of equal embeddings
+            "spread": common.spread(z[:, 0]),  # of the last batch
+            "lr": lr,
+            "images_per_s": (step - first_step) * args.batch_size / seconds,
+            "wait": images.waited / seconds,  # share of the time
+            "minutes_left": (total_steps - step) / (step - first_step) * seconds / 60,
+        }
+        if not math.isfinite(mean_loss):
+            common.fail(
+                f"the loss of epoch {epoch + 1} is not finite: use a lower --lr and another --out"
+            )
+        if (epoch + 1) % args.eval_every == 0 or step == total_steps:
+            row["knn"] = common.knn_accuracy(encoder, images, test, args.image_size)
+            if args.loss == "ce":
+                # These are the layers of `network` without the autocast that Accelerate gave it.
+                scores = common.extract_features(nn.Sequential(*network), test, args.image_size)
+                row["classifier"] = common.accuracy(scores, test.labels)
+        rows.append(row)
+        accelerator.print(common.format_row(row, CONSOLE_METRICS[args.loss]))
+        for problem in find_problems(row, step > max(warmup_steps, epoch_steps)):
+            accelerator.print(f"warning: {problem}")
+        accelerator.log(row, step=step)
+        losses, images.waited = [], 0.0
+        if accelerator.is_main_process:
+            save_run(args.out, state())
+        saved_at = time.monotonic()
+
+    # The end of the run: write and print its results, and export the encoder.
+    if args.loss == "ce":
+        accelerator.print(
+            f"accuracy of its own classifier on the test images: {rows[-1]['classifier']:.1f} %"
+        )
+    about = {
+        "method": f"supcon-{args.loss}",
+        "architecture": args.arch,
+        "stem": args.stem,
+        "image_size": args.image_size,
+        "data": args.data,
+    }
+    common.finish(args.out, encoder, about, images, test, args.seed, rows[-1])
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main()
+    with common.on_interrupt("the same command continues from the last checkpoint"):
+        main()

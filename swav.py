@@ -2,25 +2,47 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.6", "torchvision>=0.21", "numpy>=1.26", "accelerate>=1.2"]
 # ///
-"""SwAV: Unsupervised Learning of Visual Features by Contrasting Cluster Assignments (Caron, Misra,
-Mairal, Goyal, Bojanowski and Joulin, NeurIPS 2020, https://arxiv.org/abs/2006.09882).
+"""SwAV: Unsupervised Learning of Visual Features by Contrasting Cluster Assignments.
 
-    python swav.py                                        the bundled images, on a laptop
+Caron, Misra, Mairal, Goyal, Bojanowski and Joulin, NeurIPS 2020, https://arxiv.org/abs/2006.09882
+
+    python swav.py                                      # the bundled images, on a laptop
     accelerate launch --mixed_precision bf16 swav.py --data cifar10 --epochs 500
     accelerate launch --multi_gpu --num_processes 8 swav.py --data FOLDER --prototypes 3000
 
-The same command again goes on with an interrupted run. Deviations: Sinkhorn in logs, on the batch
-of all processes; freezing and queue counted in epochs; defaults for small images.
+The run is kept in --out. It can be stopped at any time; the same command continues it.
+
+Where to find the parts of the paper:
+- Eq. 2 and Eq. 6, swapped prediction over all crops: `swapped_prediction_loss`
+- Eq. 3 to 5, codes with equal shares of the prototypes: `sinkhorn`
+- section 3.1, online codes: `assign_codes`; the queue for small batches: `enqueue`
+- section 3.1, the prototypes C of unit length: `SwAV` and `normalize_prototypes`
+- section 3.2, multi-crop: --crops, --crop-sizes, --crop-scales and `SwAV.forward`
+- Algorithm 1 (Appendix A): the inner loop of `main`
+- Appendix A.1, optimizer and learning rate: `LARC`, `learning_rate` and `PEAK_LR`
+
+Differences from the paper and the authors' code:
+- Sinkhorn works in logarithms, which cannot overflow, and on the batch of all processes at once.
+- Freezing of the prototypes and the start of the queue are given in epochs; the authors' code
+  freezes for a number of steps.
+- The default is 512 prototypes, for small data sets and batches; the paper has 3,000.
+- The default peak of the learning rate grows with the batch size to the power 3/4, which gives the
+  authors' 0.6 at 256 and 4.8 at 4096.
+- On CPUs each process has its own batch norm statistics, because PyTorch synchronizes them only on
+  GPUs.
+
+How to adapt it:
+- Your own encoder: build it in `main` in place of `common.build_encoder`. It maps images
+  [B, 3, H, W] to features [B, width] and has an attribute `width`.
+- Other channels than RGB: change `common.read_image`, which reads files, and the first layer in
+  `common.build_encoder`; and leave "color" and "gray" out of OPERATIONS.
 """
 
 import argparse
+import itertools
 import json
 import math
-import os
-import signal
-import sys
 import time
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,302 +51,686 @@ import torch.nn.functional as F
 import torchvision
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import tqdm
 from torch import Tensor, nn
 
 import common
-from common import ColorJitter, GaussianBlur, RandomApply, RandomResizedCrop, fail, grayscale
+from common import ColorJitter, GaussianBlur, RandomApply, RandomResizedCrop, grayscale
 
-# What 2 CPU cores learn from the bundled images in some minutes; a flag that is given wins.
-BUNDLED = {"arch": "small", "epochs": 26, "crops": [2, 2], "crop_scales": [0.3, 1, 0.1, 0.4],
-           "optimizer": "adamw", "weight_decay": 1e-4, "warmup_epochs": 2,
-           "prototypes": 256, "queue_size": 0, "epsilon": 0.03}
-OPERATIONS, AREAS = ("crop", "color", "gray", "blur"), [0.14, 1.0, 0.05, 0.14]
-LR_256 = {"larc": 0.6, "sgd": 0.05, "adamw": 0.004}  # × (batch / 256)^.75: 4.8 at 4096
-MAY_BE_0 = {"color_strength", "warmup_epochs", "freeze_prototypes", "queue_size", "queue_start",
-            "weight_decay", "seed"}
-MAY_CHANGE = {"root", "eval_every", "workers", "out", "log_with"}  # when a run goes on
+# Defaults that depend on the data. Flags given on the command line take precedence.
+PRESETS = {
+    "fashion-mini": {
+        "arch": "small",
+        "prototypes": 256,
+        "epsilon": 0.03,
+        "queue_size": 0,
+        "crops": [2, 2],
+        "crop_scales": [0.3, 1.0, 0.1, 0.4],
+        "epochs": 26,
+        "optimizer": "adamw",
+        "warmup_epochs": 2.0,
+        "weight_decay": 1e-4,
+    },
+}
+OPERATIONS = ("crop", "color", "gray", "blur")
+PEAK_LR = {"larc": 0.6, "sgd": 0.05, "adamw": 0.004}  # at batch size 256
+CONSOLE_METRICS = ("prototypes", "knn")  # shown besides loss, chance, spread and speed
+MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
+SAVE_MINUTES = 10  # A longer epoch also saves checkpoints midway.
+RUN_FORMAT = 2  # of the files in --out; runs of another format are refused
 
-# ----------------------------------------------------------------------------- arguments
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The flags, checked as far as they can be without the data."""
-    p = argparse.ArgumentParser("swav.py", epilog=f"with the bundled images: {BUNDLED}",
-                                description="SwAV pretraining", allow_abbrev=False)
-    p.error = fail
-    def flag(name: str, help: str, default: object = None, **more: object) -> None:
-        shown = "" if default is None else " (default: %(default)s)"
-        p.add_argument(name, help=help + shown, default=default, **more)
-    flag("--data", default="fashion-mini", help=f"{', '.join(common.SETS)} or a folder")
-    flag("--root", default="data", help="folder where torchvision's sets are or will be put")
-    flag("--limit", type=int, help="train on the first so many images of a fixed shuffle")
-    flag("--stream", action="store_true", help="read image files anew each epoch, as if too many")
-    flag("--arch", choices=common.ARCHITECTURES, default="resnet18", help="encoder f")
-    flag("--stem", choices=("3x3", "7x7"), help="first layer (default: 3x3 up to 64 pixels)")
-    flag("--init", help="an encoder.safetensors to start from")
-    flag("--head-layers", type=int, choices=(1, 2, 3), default=2, help="layers of the projection")
-    flag("--hidden", type=int, default=512, help="width of the projection's hidden layers")
-    flag("--dim", type=int, default=128, help="dimensions of z")
-    flag("--prototypes", type=int, default=512, help="number of prototypes K")
-    flag("--freeze-prototypes", type=float, default=1, help="epochs for which they stay as drawn")
-    flag("--epsilon", type=float, default=0.05, help="epsilon of Sinkhorn, softness of the codes")
-    flag("--queue-size", type=int, default=3840, help="images in the queue for the codes, 0: none")
-    flag("--queue-start", type=float, default=15, help="epochs before the queue begins to fill")
-    flag("--crops", type=int, nargs="+", default=[2, 6], help="crops of an image, by resolution")
-    flag("--crop-sizes", type=int, nargs="+", help="their sides (default: the image's, and a half)")
-    flag("--crop-scales", type=float, nargs="+", default=AREAS, help="least and largest areas")
-    flag("--augment", nargs="+", choices=OPERATIONS, help="operations (default: all, blur > 64 px)")
-    flag("--color-strength", type=float, default=1, help="strength s of the colours")
-    flag("--temperature", type=float, default=0.1, help="temperature of the prediction")
-    flag("--epochs", type=int, default=100, help="passes over the images")
-    flag("--max-steps", type=int, help="make the run, and its schedule, no longer than this")
-    flag("--batch-size", type=int, default=256, help="images a step, over all processes")
-    flag("--optimizer", choices=LR_256, default="larc", help="optimiser")
-    flag("--lr", type=float, help="peak learning rate (default: by optimiser and batch)")
-    flag("--warmup-epochs", type=float, default=0, help="epochs of linear warm-up")
-    flag("--weight-decay", type=float, default=1e-6, help="weight decay")
-    flag("--seed", type=int, default=0, help="seed of the weights, batches and views")
-    flag("--eval-every", type=int, default=5, help="epochs between kNN evaluations")
-    flag("--workers", type=int, help="readers of files, of each process (default: cores, to 16)")
-    flag("--out", help="folder of the run (default: runs/swav-DATA)")
-    flag("--log-with", choices=[*map(str, get_available_trackers())], help="an installed tracker")
-    if p.parse_args(argv).data == "fashion-mini":
-        p.set_defaults(**BUNDLED)
-    args = p.parse_args(argv)
-    for k, v in ((k, v) for k, x in vars(args).items() for v in (x if type(x) is list else [x])):
-        low, top = k in {"prototypes", "crop_sizes"}, {"crop_scales": 1, "seed": 2**63}.get(k, 1e30)
-        if isinstance(v, int | float) and not (low < v <= top or (v == 0 and k in MAY_BE_0)):
-            fail(f"--{k.replace('_', '-')} {v} is out of range")
-    args.lr = args.lr or LR_256[args.optimizer] * (args.batch_size / 256) ** 0.75
-    args.out = Path(args.out or f"runs/swav-{Path(args.data).name}")
-    return args
 
-# -------------------------------------------------------------------------- augmentation
-def augmentation(names: list[str], size: int, low: float, high: float, s: float) -> list:
-    """SimCLR's operations, in their order; without "crop" the whole image, resized."""
-    crop = ((low, high), (3 / 4, 4 / 3), 0.5) if "crop" in names else ((1.0, 1.0), (1.0, 1.0), 0.0)
-    recipe = {"color": RandomApply(ColorJitter(*[0.8 * s] * 3, min(0.2 * s, 0.5)), p=0.8),
-              "gray": RandomApply(grayscale, p=0.2),
-              "blur": RandomApply(GaussianBlur(size // 10 | 1, (0.1, 2.0)), p=0.5)}
-    return [RandomResizedCrop(size, *crop), *(recipe[name] for name in recipe if name in names)]
+# --------------------------------------------------------------------------------------
+# Augmentation (section 3.2 and Appendix A.1)
+# --------------------------------------------------------------------------------------
 
-# --------------------------------------------------------------------------------- model
+
+def augmentation(
+    names: list[str], size: int, crop_scale: tuple[float, float], strength: float
+) -> list:
+    """Build the operations that make one crop, in the paper's order.
+
+    Args:
+        names: which of OPERATIONS to use.
+        size: side of the crops, in pixels.
+        crop_scale: least and largest area of a crop, as shares of the image's area.
+        strength: strength s of the color jitter.
+
+    Returns:
+        Operations for `common.batches`, of which the first is a crop.
+    """
+    kernel_size = size // 10 | 1  # a tenth of the side, and odd
+    jitter = ColorJitter(0.8 * strength, 0.8 * strength, 0.8 * strength, min(0.2 * strength, 0.5))
+    operations = {
+        "crop": RandomResizedCrop(size, scale=crop_scale, flip=0.5),
+        "color": RandomApply(jitter, p=0.8),
+        "gray": RandomApply(grayscale, p=0.2),
+        "blur": RandomApply(GaussianBlur(kernel_size, sigma=(0.1, 2.0)), p=0.5),
+    }
+    if "crop" not in names:  # The whole image is resized to a square, and not flipped.
+        operations["crop"] = RandomResizedCrop(size, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
+    return [operation for name, operation in operations.items() if name in ("crop", *names)]
+
+
+def default_crop_sizes(side: int) -> list[int]:
+    """Sides of the large and the small crops of images with this side: 32 and 18, 224 and 96."""
+    return [side, round(side * (9 / 16 if side <= 64 else 3 / 7))]
+
+
+# --------------------------------------------------------------------------------------
+# Model: encoder, projection head and prototypes
+# --------------------------------------------------------------------------------------
+
+
 class SwAV(nn.Module):
-    """Encoder, projection (linear, BN, ReLU, …, linear of these widths) and K prototypes C."""
+    """Encoder f, projection head and prototypes C.
+
+    Args:
+        encoder: maps [B, 3, H, W] to [B, encoder.width].
+        widths: outputs of the head's layers (linear, batch norm, ReLU, ..., linear); the last is D.
+        K: number of prototypes.
+    """
 
     def __init__(self, encoder: nn.Module, widths: list[int], K: int) -> None:
         super().__init__()
-        self.encoder, self.prototypes = encoder, nn.Linear(widths[-1], K, bias=False)
+        self.encoder = encoder
+        self.prototypes = nn.Linear(widths[-1], K, bias=False)
         self.head = torchvision.ops.MLP(encoder.width, widths, norm_layer=nn.BatchNorm1d)
 
     def forward(self, *crops: Tensor) -> tuple[Tensor, Tensor]:
-        """Crops [n, 3, S, S] by resolution → of all, z [N, D] of length 1 and scores z·C [N, K]."""
+        """Embed crops of several sizes.
+
+        Args:
+            crops: [n, 3, S, S] for each size. The encoder takes one size at a time, the head all.
+
+        Returns:
+            z [N, D] of unit length and the scores z C [N, K], float32, of all N crops.
+        """
         z = self.head(torch.cat([self.encoder(x) for x in crops]))
         with torch.autocast(z.device.type, enabled=False):
             z = F.normalize(z.float(), dim=1)
             return z, self.prototypes(z)
 
-# ---------------------------------------------------------------------------------- loss
+
+@torch.no_grad()
+def normalize_prototypes(C: Tensor) -> None:
+    """Give the prototypes C [K, D] unit length."""
+    C.copy_(F.normalize(C, dim=1))
+
+
+# --------------------------------------------------------------------------------------
+# Codes
+# --------------------------------------------------------------------------------------
+
+
 @torch.no_grad()
 def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
-    """Codes of Eq. 5: scores [B, K] → [B, K], float32 or better, whose rows sum to 1. In turn each
-    prototype gets an equal share of the batch and each row one; in logs, below 0.01 in float64."""
-    dtype = torch.float32 if epsilon >= 0.01 or scores.device.type == "mps" else torch.float64
+    """Codes Q (Eq. 5): soft assignments that use all prototypes equally.
+
+    In turn, each prototype gets an equal share of the batch, and each row the same weight.
+
+    Args:
+        scores: [B, K] of embeddings and prototypes.
+        epsilon: the softness of the assignment.
+        iterations: how many times both are scaled.
+
+    Returns:
+        [B, K], float32 or better; each row sums to 1.
+    """
+    dtype = torch.float32
+    if epsilon < 0.01 and scores.device.type != "mps":  # MPS has no float64
+        dtype = torch.float64
     log_q = scores.to(torch.promote_types(scores.dtype, dtype)) / epsilon
     for _ in range(iterations):
         log_q = log_q.log_softmax(0).log_softmax(1)
     return log_q.exp().to(torch.promote_types(scores.dtype, torch.float32))
 
 
-def swapped_prediction_loss(scores: Tensor, codes: Tensor, temperature: float) -> Tensor:
-    """Eq. 2 and 6: codes [2, B, K] of the first two crops, each predicted from the scores [V, B, K]
-    of all other crops, mean → scalar. ValueError for other shapes."""
-    if scores.ndim != 3 or len(scores) < 2 or codes.shape != (2, *scores.shape[1:]):
-        raise ValueError(f"scores [V, B, K], codes [2, B, K], not {scores.shape}, {codes.shape}")
-    log_p = (scores / temperature).log_softmax(2)
-    predicted = codes.flatten(1) @ log_p.flatten(1).T / -scores.shape[1]  # [2, V]
-    return (predicted.sum() - predicted.trace()) / (2 * (len(scores) - 1))
+@torch.no_grad()
+def assign_codes(
+    Z: Tensor, C: Tensor, queue: Tensor | None, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """Codes of the two large crops of a batch.
 
-# ---------------------------------------------------------------- optimiser and schedule
+    Args:
+        Z: [2, N, D] embeddings of these crops of the images of all processes.
+        C: [K, D] prototypes.
+        queue: [2, Q, D] embeddings of earlier batches. They have a part in sharing out the
+            prototypes, but their codes are dropped.
+        epsilon: the softness of the codes.
+
+    Returns:
+        Codes [2, N, K], and the scores Z C that they come from, [2, N, K].
+    """
+    N = Z.shape[1]
+    everything = Z if queue is None else torch.cat([queue, Z], dim=1)
+    scores = everything @ C.T
+    codes = torch.stack([sinkhorn(s, epsilon)[-N:] for s in scores])
+    return codes, scores[:, -N:]
+
+
+def enqueue(queue: Tensor, Z: Tensor, step: int) -> None:
+    """Let the embeddings Z [2, N, D] of a step take the place of the oldest in queue [2, Q, D].
+
+    If the queue is shorter than the batch, the last Q embeddings of the batch stay.
+    """
+    Q, N = queue.shape[1], Z.shape[1]
+    rows = step * N + torch.arange(N, device=Z.device)
+    queue[:, rows[-Q:] % Q] = Z[:, -Q:]
+
+
+# --------------------------------------------------------------------------------------
+# Loss
+# --------------------------------------------------------------------------------------
+
+
+def swapped_prediction_loss(scores: Tensor, codes: Tensor, temperature: float) -> Tensor:
+    """Swapped prediction (Eq. 2 and 6), mean over images, codes and the crops that predict them.
+
+    The code q of crop i in (0, 1) is predicted from every other crop v:
+
+        loss of i and v = -sum over k of q[i, k] * log softmax(scores[v] / tau)[k]
+
+    Args:
+        scores: [V, B, K] of all V crops, of which the first two have codes.
+        codes: [2, B, K] without gradient.
+        temperature: tau > 0.
+
+    Returns:
+        Scalar; ln K if all scores are equal.
+
+    Raises:
+        ValueError: if the shapes are others.
+    """
+    if scores.ndim != 3 or len(scores) < 2 or codes.shape != (2, *scores.shape[1:]):
+        raise ValueError(
+            f"scores must be [V, B, K] and codes [2, B, K], got {scores.shape} and {codes.shape}"
+        )
+    V, B = scores.shape[:2]
+    log_p = (scores / temperature).log_softmax(2)
+    loss = codes.flatten(1) @ log_p.flatten(1).T / -B  # [2, V]: of each code by each crop
+    return (loss.sum() - loss.trace()) / (2 * (V - 1))  # without a crop's own code
+
+
+def find_problems(rows: list[dict], warmed_up: bool) -> list[str]:
+    """Return warnings about the metrics of the last epoch."""
+    row = rows[-1]
+    at_chance = abs(row["loss"] / row["chance"] - 1) < 0.02
+    falls = len(rows) > 1 and rows[-2]["loss"] - row["loss"] > 0.02
+    stuck = at_chance and not falls
+    if warmed_up and (stuck or row["spread"] < 0.1):
+        return [
+            "the codes collapse: the loss stays at chance, or the spread is near 0; use a lower "
+            "--epsilon, a longer --freeze-prototypes, a later --queue-start or fewer --prototypes"
+        ]
+    return []
+
+
+# --------------------------------------------------------------------------------------
+# Optimizer and schedule
+# --------------------------------------------------------------------------------------
+
+
 class LARC(torch.optim.SGD):
-    """You et al. 2017 as in apex, without clipping: of each parameter, gradient and decay times
-    0.001·|p| / (|g| + decay·|p|), then SGD with momentum."""
+    """Layer-wise adaptive rate control (You et al. 2017), as in NVIDIA's apex without clipping.
+
+        g <- 0.001 * |p| / (|gradient| + weight_decay * |p|) * (gradient + weight_decay * p)
+
+    for every parameter p; then SGD with momentum, with g for the gradient and no decay.
+    """
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure=None):
         for group in self.param_groups:
             decay = group["weight_decay"]
-            for p in (p for p in group["params"] if p.grad is not None):
-                g, size = p.grad.norm(), p.norm()
-                adapted = 0.001 * size / (g + decay * size + 1e-8) * (p.grad + decay * p)
-                p.grad = torch.where((g > 0) & (size > 0), adapted, p.grad) - decay * p
-        super().step()  # which adds the decay back
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                grad_norm, norm = p.grad.norm(), p.norm()
+                trust = 0.001 * norm / (grad_norm + decay * norm + 1e-8)
+                adapted = trust * (p.grad + decay * p)
+                g = torch.where((grad_norm > 0) & (norm > 0), adapted, p.grad)
+                p.grad = g - decay * p  # SGD adds the decay, which g already has
+        super().step()
+
+
+def build_optimizer(name: str, params, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """Build the optimizer that --optimizer names."""
+    if name == "larc":
+        return LARC(params, lr, momentum=0.9, weight_decay=weight_decay)
+    if name == "sgd":
+        return torch.optim.SGD(params, lr, momentum=0.9, weight_decay=weight_decay)
+    return torch.optim.AdamW(params, lr, weight_decay=weight_decay)
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
-    """Rate of step 0 .. steps - 1: linear from 1/16 of the peak, then half a cosine to 1/1000."""
+    """Learning rate of step 0 .. steps - 1.
+
+    It rises linearly from 1/16 of the peak, then falls by a cosine to 1/1000 of it.
+    """
     if step < warmup:
         return peak * (1 + 15 * step / warmup) / 16
     return peak * (0.001 + 0.4995 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))))
 
-# ---------------------------------------------------------------------------------- main
-def main(argv: list[str] | None = None) -> None:
-    """Train, evaluate and leave a run in --out; the same arguments again go on with it."""
-    args = parse_arguments(argv)
-    out, torch.backends.cudnn.benchmark = args.out, True
-    accelerator = Accelerator(log_with=args.log_with, project_dir=out)
-    device, processes, say = accelerator.device, accelerator.num_processes, accelerator.print
-    if device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        torch.set_num_threads(os.cpu_count() // processes or 1)  # accelerate launch: one
-    data, bank, test = common.load_splits(
-        args.data, args.root, args.limit, device, args.workers, args.stream)
-    half = round(data.side * (9 / 16 if data.side <= 64 else 3 / 7))  # 18 of 32, 96 of 224
-    sizes = args.crop_sizes = args.crop_sizes or [data.side, half][: len(args.crops)]
-    size, low, high = sizes[0], args.crop_scales[::2], args.crop_scales[1::2]
-    if len(args.crops) > min(len(sizes), len(high)) or args.crops[0] < 2 or any(
-            a > b for a, b in zip(low, high, strict=False)):
-        fail("--crops, --crop-sizes, --crop-scales: take, for each resolution, a number (2 or more "
-             "of the first), a side, and the least and largest share of the area")
-    stem = args.stem = args.stem or ("3x3" if size <= 64 else "7x7")
-    names, s = args.augment or OPERATIONS[: 4 if size > 64 else 3], args.color_strength
-    recipes = [(args.crops[i], augmentation(names, sizes[i], low[i], high[i], s))
-               for i in range(len(args.crops))]
-    N, K, Q = args.batch_size, args.prototypes, args.queue_size
-    if not 2 <= N <= len(data) or N % processes:
-        fail(f"--batch-size: take 2 to {len(data)} images, a multiple of {processes} processes")
-    epoch_steps = len(data) // N
-    steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
-    warmup = min(round(args.warmup_epochs * epoch_steps), steps - 1)
-    freeze, fill = (round(v * epoch_steps) for v in (args.freeze_prototypes, args.queue_start))
-    if N + Q * (fill + -(-Q // N) < steps) < K:
-        say(f"warning: {N} images of a step share {K} --prototypes, the queue is no help: too many")
-    settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
-    settings["mixed_precision"] = accelerator.mixed_precision
-    config = {"settings": settings, "images": data.fingerprint, "devices": f"{processes} {device}",
-              **{p: version(p) for p in ("torch", "torchvision", "accelerate")}}
+
+# --------------------------------------------------------------------------------------
+# The run's folder (the same in every script)
+# --------------------------------------------------------------------------------------
+
+
+def open_run(out: Path, settings: dict, accelerator: Accelerator) -> dict | None:
+    """Create the folder of a run and its config.json, or reopen it.
+
+    Args:
+        out: a folder that is new, empty, or holds a run with the same settings.
+        settings: all that the result of the run depends on.
+        accelerator: of the run; its main process writes.
+
+    Returns:
+        The checkpoint to resume from, or None if there is none yet.
+
+    Raises:
+        SystemExit: if the folder holds anything else, or cannot be used. The message is one line.
+    """
+    path = out / "config.json"
+    is_new = not path.exists()
+    if is_new and any(out.glob("[!.]*")):
+        common.fail(f"{out} is not empty and does not hold a run: choose another --out")
+    if not is_new:
+        config = common.read_json(path)
+        if not isinstance(config, dict) or config.get("format") != RUN_FORMAT:
+            common.fail(f"{out} was made by another version of this code: choose another --out")
+        before = config.get("settings", {})
+        changed = [name for name in settings if settings[name] != before.get(name)]
+        if changed:
+            previous = ", ".join(f"{name} was {before.get(name)}" for name in changed)
+            common.fail(
+                f"{out} holds a run with other settings ({previous}): "
+                "repeat its command to resume it, or choose another --out"
+            )
+
+    accelerator.wait_for_everyone()
+    if is_new and accelerator.is_main_process:
+        packages = {name: version(name) for name in ("torch", "torchvision", "accelerate")}
+        devices = f"{accelerator.num_processes} x {accelerator.device}"
+        config = {"format": RUN_FORMAT, "settings": settings}
+        common.write_json(path, config | {"devices": devices, "versions": packages})
+    checkpoint = out / "checkpoint.pt"
+    return common.read_checkpoint(checkpoint) if checkpoint.exists() else None
+
+
+def save_run(out: Path, state: dict) -> None:
+    """Write metrics.jsonl and checkpoint.pt. Each replaces the old one only when it is complete.
+
+    Args:
+        out: the folder of the run.
+        state: all that is needed to resume the run, with the metrics so far as "rows".
+
+    Raises:
+        SystemExit: if the files cannot be written. The message is one line.
+    """
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        old = json.loads((out / "config.json").read_text()) if any(out.glob("[!.]*")) else config
-        if changed := [f"{k} ({v})" for k, v in old["settings"].items() if settings.get(k) != v]:
-            fail(f"{out} holds a run with another {', '.join(changed)}: take it or another --out")
-        results = (out / "results.json").exists() and json.loads((out / "results.json").read_text())
-        state = (out / "checkpoint.pt").exists() and torch.load(
-            out / "checkpoint.pt", map_location="cpu", weights_only=True)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process and not results:
-            with common.written_aside(out / "config.json") as aside:
-                aside.write_text(json.dumps(old | {"images": data.fingerprint}, indent=1))
-    except Exception as error:  # damaged files lead to nearly everything
-        fail(f"--out {out} is no folder of a run, nor can it be made one ({error!r:.200})")
-    if results:
-        return say(f"{out} is finished; test accuracy in percent:\n{common.table(results)}")
+        with common.atomic_write(out / "metrics.jsonl") as file:
+            file.write_text("".join(json.dumps(row) + "\n" for row in state["rows"]))
+        with common.atomic_write(out / "checkpoint.pt") as file:
+            torch.save(state, file)
+    except (OSError, RuntimeError) as error:  # If the disk is full, torch raises the latter.
+        common.fail(
+            f"the run could not be saved in {out} ({error}): the last checkpoint is kept; "
+            "if the disk is full, free some space and repeat the command to resume"
+        )
+
+
+# --------------------------------------------------------------------------------------
+# Pictures
+# --------------------------------------------------------------------------------------
+
+
+def save_prototypes(
+    path: Path, network: SwAV, images: common.ImageSet, size: int, seed: int
+) -> None:
+    """Save, for each of the ten most used prototypes, the eight nearest of 5,000 images."""
+    sample = torch.randperm(len(images), generator=common.generator(seed))[:5000]
+    images = images.take(sample)
+    z = common.extract_features(nn.Sequential(network.encoder, network.head), images, size)
+    C = network.prototypes.weight.detach()
+    scores = F.normalize(z, dim=1) @ F.normalize(C, dim=1).T  # [5000, K]
+    uses = scores.argmax(1).bincount(minlength=len(C))
+    most_used = uses.argsort(descending=True)[:10]
+    nearest = scores[:, most_used].argsort(0, descending=True)[:8].T.cpu()
+    common.save_pictures(path, images.centers(nearest.flatten(), size), nearest.shape[1])
+
+
+# --------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------
+
+
+def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argparse.Namespace:
+    """Parse the flags. A flag that is not given takes the preset's value, or its default below."""
+    parser = argparse.ArgumentParser(
+        "swav.py",
+        description="Pretrain an image encoder with SwAV.",
+        epilog=common.describe_presets(PRESETS),
+        formatter_class=common.HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.error = common.fail
+    common.add_data_arguments(parser)
+
+    add = parser.add_argument_group("model").add_argument
+    add("--arch", choices=common.ARCHITECTURES, default="resnet18", help="encoder f")
+    add("--stem", choices=("3x3", "7x7"), help="first layer (default: 3x3 up to 64 pixels)")
+    add("--init", help="encoder.safetensors whose weights f starts from")
+    add("--head-layers", type=int, choices=(1, 2, 3), default=2, help="layers of the head")
+    add("--hidden", type=common.positive_int, default=512, help="width of the head's inner layers")
+    add("--dim", type=common.positive_int, default=128, help="dimensions of z")
+
+    add = parser.add_argument_group("method").add_argument
+    add("--prototypes", type=common.int_above_1, default=512, help="number of prototypes, K")
+    add(
+        "--freeze-prototypes",
+        type=common.nonnegative_float,
+        default=1.0,
+        help="epochs in which the prototypes do not learn",
+    )
+    add("--epsilon", type=common.positive_float, default=0.05, help="softness of the codes")
+    add(
+        "--queue-size",
+        type=common.nonnegative_int,
+        default=3840,
+        help="earlier images whose embeddings help to make codes; 0 for none",
+    )
+    add(
+        "--queue-start",
+        type=common.nonnegative_float,
+        default=15.0,
+        help="epochs before the queue begins to fill; it is used once it is full",
+    )
+    add(
+        "--crops",
+        type=common.positive_int,
+        nargs="+",
+        default=[2, 6],
+        help="crops of each image, for each resolution",
+    )
+    add(
+        "--crop-sizes",
+        type=common.int_above_1,
+        nargs="+",
+        help="their sides in pixels (default: the side of the images, and about half)",
+    )
+    add(
+        "--crop-scales",
+        type=common.positive_fraction,
+        nargs="+",
+        default=[0.14, 1.0, 0.05, 0.14],
+        help="their least and largest areas, as shares of the image's",
+    )
+    add(
+        "--augment",
+        nargs="+",
+        choices=OPERATIONS,
+        help="operations that make a crop (default: all, but blur only above 64 pixels)",
+    )
+    add(
+        "--color-strength",
+        type=common.nonnegative_float,
+        default=1.0,
+        help="strength s of the color jitter",
+    )
+    add("--temperature", type=common.positive_float, default=0.1, help="tau of the prediction")
+
+    add = parser.add_argument_group("optimization").add_argument
+    add("--epochs", type=common.positive_int, default=100, help="passes over the images")
+    add("--max-steps", type=common.positive_int, help="end the run, and its schedule, here")
+    add(
+        "--batch-size",
+        type=common.int_above_1,
+        default=256,
+        help="images per step, over all processes",
+    )
+    add("--optimizer", choices=PEAK_LR, default="larc", help="algorithm that updates the weights")
+    add(
+        "--lr",
+        type=common.positive_float,
+        help="peak learning rate (default: by --optimizer and --batch-size)",
+    )
+    add(
+        "--warmup-epochs",
+        type=common.nonnegative_float,
+        default=0.0,
+        help="epochs of linear warm-up",
+    )
+    add(
+        "--weight-decay",
+        type=common.nonnegative_float,
+        default=1e-6,
+        help="weight decay of the optimizer",
+    )
+    add("--seed", type=common.nonnegative_int, default=0, help="random seed of weights and views")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--out", type=Path, help="folder of the run (default: runs/swav-DATA)")
+    add("--eval-every", type=common.positive_int, default=5, help="epochs between kNN evaluations")
+    add(
+        "--log-with",
+        choices=[*map(str, get_available_trackers())],
+        help="experiment tracker to report to",
+    )
+
+    parser.set_defaults(**preset or {})
+    args = parser.parse_args(argv)
+    if args.lr is None:
+        args.lr = PEAK_LR[args.optimizer] * (args.batch_size / 256) ** 0.75
+    if args.out is None:
+        args.out = Path("runs", f"swav-{Path(args.data).absolute().name}")
+    return args
+
+
+# --------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------
+
+
+def build_recipes(args: argparse.Namespace) -> list[tuple[int, list]]:
+    """The number of crops and their operations for each resolution, as `common.batches` wants."""
+    least, largest = args.crop_scales[::2], args.crop_scales[1::2]
+    count = len(args.crops)
+    matches = count <= len(args.crop_sizes) and count <= len(largest) and args.crops[0] >= 2
+    if not matches or any(low > high for low, high in zip(least, largest, strict=False)):
+        common.fail(
+            "--crops, --crop-sizes and --crop-scales must have for each resolution a number of "
+            "crops (2 or more of the first), a side, and the least and largest share of the area"
+        )
+    recipes = []
+    for i, crops in enumerate(args.crops):
+        scale = (least[i], largest[i])
+        operations = augmentation(args.augment, args.crop_sizes[i], scale, args.color_strength)
+        recipes.append((crops, operations))
+    return recipes
+
+
+def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
+    """Pretrain, evaluate, and leave the run in --out."""
+    args = parse_arguments(argv)
+    torch.backends.cudnn.benchmark = True
+    accelerator = Accelerator(log_with=args.log_with, project_dir=args.out)
+    device, processes = accelerator.device, accelerator.num_processes
+    common.check_launcher()
+    common.tune_cpu(device)
+
+    # Data: images to train on, without labels. Labeled training images (the bank) and test images
+    # serve to evaluate.
+    images, bank, test = common.load_splits(
+        args.data, args.root, args.limit, device, args.workers, args.stream
+    )
+    args = parse_arguments(argv, PRESETS.get(args.data))  # again, now that the data is known
+    args.crop_sizes = args.crop_sizes or default_crop_sizes(images.side)[: len(args.crops)]
+    size = args.crop_sizes[0]
+    args.stem = args.stem or ("3x3" if size <= 64 else "7x7")
+    names = [name for name in OPERATIONS if name != "blur" or size > 64]
+    args.augment = args.augment or names
+    recipes = build_recipes(args)
+    common.check_batch_size(args.batch_size, len(images), processes)
+    epoch_steps = len(images) // args.batch_size
+    total_steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
+    warmup_steps = min(round(args.warmup_epochs * epoch_steps), total_steps - 1)
+
+    # The prototypes learn after the first steps; the queue begins to fill, and is full, later.
+    freeze_steps = round(args.freeze_prototypes * epoch_steps)
+    fill_step = round(args.queue_start * epoch_steps)
+    full_step = fill_step + math.ceil(args.queue_size / args.batch_size)
+    sharing = args.batch_size + (args.queue_size if full_step < total_steps else 0)
+    if sharing < args.prototypes:
+        accelerator.print(
+            f"warning: {args.batch_size} images per step, and the queue, are too few to share "
+            f"{args.prototypes} prototypes: use fewer --prototypes or a larger --batch-size"
+        )
+
+    # Model: encoder, head and prototypes in one module, so that a step is one forward pass.
     torch.manual_seed(args.seed)
-    about = {"architecture": args.arch, "stem": stem}
-    encoder = common.load_encoder(args.init, **about)[0] if args.init else (
-        common.build_encoder(**about))
-    net = SwAV(encoder, [args.hidden] * (args.head_layers - 1) + [args.dim], K)
-    net = net.to(device, memory_format=torch.channels_last)
-    if processes > 1 and device.type == "cuda":  # it has no CPU kernel
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    C, queue = net.prototypes.weight, torch.zeros(2, Q, args.dim, device=device)
-    make = {"larc": partial(LARC, momentum=0.9), "sgd": partial(torch.optim.SGD, momentum=0.9)}
-    make["adamw"] = torch.optim.AdamW
-    optimizer = make[args.optimizer](net.parameters(), args.lr, weight_decay=args.weight_decay)
-    model, optimizer = accelerator.prepare(net, optimizer)
-    done, rows, sums = 0, [], torch.zeros(3 + K, device=device)  # losses, spreads, steps, uses
-    if state:
-        net.load_state_dict(state["model"])
-        queue.copy_(state["queue"])
-        optimizer.load_state_dict(state["optimizer"])
-        new = old["images"] != data.fingerprint  # then one step at least is done, for its row
-        done, rows, sums = min(state["step"], steps - new), state["rows"], state["sums"].to(device)
-        say(f"going on after step {done} of {steps}"
-            + f"; the files changed: {old['images']}, now {data.fingerprint}" * new)
-    full = max(fill, done) + -(-(queue[0] == 0).all(1).sum().item() // N)  # then it is used
-    signals, halt = [], 0  # looked at between steps; launchers repeat one, the third ends the run
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda n, _: signals.append(n) or (signals[2:] and os._exit(128 + n)))
-    accelerator.init_trackers("swav", {k: str(v) for k, v in settings.items()})
-    rank, chance, order = accelerator.process_index, math.log(K), torch.arange(N, device=device)
-    look = 1 if device.type == "cpu" else 20  # steps between two looks at what is on the device
-    saved, began, epoch_start = time.monotonic(), time.monotonic(), done
-    stream = common.batches(data, recipes, N, args.seed, done, steps)
-    bar = tqdm(stream, total=steps, initial=done, disable=not sys.stderr.isatty())
-    for step, index, views in bar:
-        if step == 0:
-            shown = [F.interpolate(x, size) for v in views for x in v[:, :8]]
-            shown = torch.cat([data.centres(index[:8], size), *shown])
-            common.save_pictures(out / "views.png", shown, len(index[:8]))
-        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, warmup, args.lr)
-        C.detach().copy_(F.normalize(C.detach(), dim=1))
-        x = (v.flatten(0, 1).contiguous(memory_format=torch.channels_last) for v in views)
-        z, scores = (v.unflatten(0, (-1, N // processes)) for v in model(*x))
-        with torch.no_grad():  # codes of the batch of all processes, of which each takes its rows
-            Z = accelerator.gather(z[:2].transpose(0, 1).contiguous()).transpose(0, 1)  # [2, N, D]
-            S = torch.cat([queue, Z], 1) @ C.T if step >= full else Z @ C.T
-            codes = torch.stack([sinkhorn(s, args.epsilon)[-N:] for s in S]).chunk(processes, 1)
-            if Q and step >= fill:  # its last rows, should it be smaller than the batch
-                queue[:, (step * N + order[-Q:]) % Q] = Z[:, -Q:]
-        loss = swapped_prediction_loss(scores, codes[rank], args.temperature)
-        optimizer.zero_grad()
-        accelerator.backward(loss)
-        C.grad = None if step < freeze else C.grad
-        optimizer.step()
-        spread, nearest = Z[0].std(0).mean() * args.dim**0.5, S[:, -N:].argmax(2).flatten()
-        sums[:3] += accelerator.reduce(torch.stack([loss.detach(), spread, spread**0]), "mean")
-        sums[3:].index_add_(0, nearest, torch.ones_like(nearest, dtype=sums.dtype))
-        done = step + 1
-        epoch_ends = done % epoch_steps == 0 or done == steps
-        if done % look and not epoch_ends:
-            continue
-        flags = torch.stack([~sums[0].isfinite(), torch.tensor(bool(signals), device=device)])
-        nan, halt = accelerator.reduce(flags.float()).tolist()
-        if nan:
-            fail(f"the loss of step {step} is not finite: take a lower --lr, another --out")
-        if epoch_ends:
-            seconds, n = time.monotonic() - began, done - epoch_start
-            mean, spread, _ = (sums[:3] / sums[2]).tolist()
-            use = sums[3:] / sums[3:].sum()
-            row = {"epoch": step // epoch_steps + 1, "step": done, "loss": mean, "chance": chance,
-                   "prototypes": (use > 0).sum().item(),
-                   "entropy": torch.special.entr(use).sum().item(), "spread": spread, "lr": lr,
-                   "images_per_s": n * N / seconds, "wait": data.waited / seconds,
-                   "minutes_left": (steps - done) / n * seconds / 60}
-            if bank and (row["epoch"] % args.eval_every == 0 or done == steps):
-                row["knn"] = common.knn_accuracy(encoder, bank, test, size)
-            bar.clear()
-            say(" · ".join(f"{k} {v:.4g}" for k, v in row.items()))
-            stuck = abs(mean / chance - 1) < 0.02 and not (rows and rows[-1]["loss"] - mean > 0.02)
-            if done > max(warmup, freeze) and (stuck or spread < 0.1):
-                say("warning: it collapses: the loss stays at chance, or the spread at 0; lower "
-                    "--epsilon, longer --freeze-prototypes, later --queue-start, less --prototypes")
-            rows.append(row)
-            accelerator.log(row, step=done)
-            sums.zero_()
-            epoch_start, began, data.waited = done, time.monotonic(), 0.0
-        if accelerator.is_main_process and (epoch_ends or halt or time.monotonic() - saved > 600):
-            with common.written_aside(out / "metrics.jsonl") as aside:
-                aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            with common.written_aside(out / "checkpoint.pt") as aside:
-                torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict(),
-                            "queue": queue, "step": done, "rows": rows, "sums": sums}, aside)
-            saved = time.monotonic()
-        if halt:
-            break
-    bar.close()
-    if halt or signals:  # the latter: while the last epoch was evaluated
-        say(f"stopped after step {done} of {steps}; the same command goes on from there")
-        raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
-    signals += [0, 0]  # from here on the first one ends the run
-    about |= {"method": "swav", "image_size": size, "data": args.data}
-    some = data.take(torch.randperm(len(data), generator=common.generator(args.seed))[:5000])
-    z = common.extract_features(nn.Sequential(encoder, net.head), some, size)
-    S = F.normalize(z, dim=1) @ F.normalize(C.detach(), dim=1).T  # [5000, K]
-    most = S.argmax(1).bincount(minlength=K).argsort(descending=True)[:10]
-    near = S[:, most].argsort(0, descending=True)[:8].T.cpu()
-    common.save_pictures(out / "prototypes.png", some.centres(near.flatten(), size), near.shape[1])
-    common.finish(out, encoder, about, bank, test, args.seed, rows[-1])
+    if args.init:
+        encoder, _ = common.load_encoder(args.init, architecture=args.arch, stem=args.stem)
+    else:
+        encoder = common.build_encoder(args.arch, args.stem)
+    head_widths = [args.hidden] * (args.head_layers - 1) + [args.dim]
+    network = SwAV(encoder, head_widths, args.prototypes)
+    network = network.to(device, memory_format=torch.channels_last)
+    if processes > 1 and device.type == "cuda":
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    C = network.prototypes.weight
+    queue = torch.zeros(2, args.queue_size, args.dim, device=device)
+    optimizer = build_optimizer(args.optimizer, network.parameters(), args.lr, args.weight_decay)
+    model, optimizer = accelerator.prepare(network, optimizer)
+
+    # Run: start a new one, print a finished one, or resume from a checkpoint.
+    settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
+    settings |= {"method": "swav", "images": images.fingerprint}
+    settings |= {"mixed_precision": accelerator.mixed_precision}
+    checkpoint = open_run(args.out, settings, accelerator)
+    if (args.out / "results.json").exists():
+        common.print_results(args.out)
+        return
+    step, losses, rows = 0, [], []
+    uses = torch.zeros(args.prototypes, device=device)  # how often each was the nearest one
+    if checkpoint:
+        network.load_state_dict(checkpoint["model"])
+        queue.copy_(checkpoint["queue"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        step, rows = checkpoint["step"], checkpoint["rows"]
+        losses = list(checkpoint["losses"].to(device))
+        uses.copy_(checkpoint["uses"])
+        accelerator.print(f"resuming after step {step} of {total_steps}")
+
+    def state() -> dict:
+        return {
+            "model": network.state_dict(),
+            "queue": queue,
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+            "losses": torch.tensor(losses),
+            "uses": uses,
+            "rows": rows,
+        }
+
+    accelerator.init_trackers("swav", {name: str(value) for name, value in settings.items()})
+    accelerator.print(common.format_header(CONSOLE_METRICS))
+    # What a step shows depends on the seed, the epoch and the step. It does not depend on the
+    # number of processes, nor on where the run was interrupted.
+    batches = common.batches(
+        images, recipes, args.batch_size, args.seed, start=step, stop=total_steps
+    )
+    saved_at = time.monotonic()
+    while step < total_steps:
+        epoch, first_step, started_at = step // epoch_steps, step, time.monotonic()
+        last_step = min((epoch + 1) * epoch_steps, total_steps)
+        epoch_batches = itertools.islice(batches, last_step - step)
+        bar = common.progress(epoch_batches, f"epoch {epoch + 1}/{args.epochs}", last_step - step)
+        for index, views in bar:
+            if step == 0:
+                common.save_views(args.out / "views.png", images, index, views)
+            lr = learning_rate(step, total_steps, warmup_steps, args.lr)
+            optimizer.param_groups[0]["lr"] = lr
+
+            # Algorithm 1: embeddings z and scores z C of all V crops of this process's B images.
+            normalize_prototypes(C)
+            x = [v.flatten(0, 1).contiguous(memory_format=torch.channels_last) for v in views]
+            z, scores = model(*x)
+            z, scores = z.unflatten(0, (-1, len(index))), scores.unflatten(0, (-1, len(index)))
+
+            # Codes of the two large crops of all N images of the batch, [2, N, K]; each process
+            # takes its own rows.
+            Z = accelerator.gather(z[:2].detach().transpose(0, 1).contiguous()).transpose(0, 1)
+            helpers = queue if args.queue_size and step >= full_step else None
+            codes, code_scores = assign_codes(Z, C, helpers, args.epsilon)
+            if args.queue_size and step >= fill_step:
+                enqueue(queue, Z, step)
+            own_codes = codes.chunk(processes, dim=1)[accelerator.process_index]
+            loss = swapped_prediction_loss(scores, own_codes, args.temperature)
+
+            optimizer.zero_grad()
+            accelerator.backward(loss)
+            if step < freeze_steps:
+                C.grad = None
+            optimizer.step()
+
+            step += 1
+            losses.append(accelerator.reduce(loss.detach(), "mean"))
+            nearest = code_scores.argmax(2).flatten()
+            uses.index_add_(0, nearest, torch.ones_like(nearest, dtype=uses.dtype))
+            minutes = (time.monotonic() - saved_at) / 60
+            if minutes > SAVE_MINUTES and step < last_step and accelerator.is_main_process:
+                if torch.stack(losses).isfinite().all():
+                    save_run(args.out, state())
+                saved_at = time.monotonic()
+
+        # The end of the epoch: all processes see the same loss, so all stop if it is not finite.
+        mean_loss = torch.stack(losses).mean().item()
+        seconds = time.monotonic() - started_at
+        shares = uses / uses.sum()
+        row = {
+            "epoch": epoch + 1,
+            "step": step,
+            "loss": mean_loss,
+            "chance": math.log(args.prototypes),  # the loss of equal embeddings
+            "prototypes": (uses > 0).sum().item(),  # that were the nearest one
+            "entropy": torch.special.entr(shares).sum().item(),  # ln K if all are used equally
+            "spread": common.spread(Z[0]),  # of the last batch
+            "lr": lr,
+            "images_per_s": (step - first_step) * args.batch_size / seconds,
+            "wait": images.waited / seconds,  # share of the time
+            "minutes_left": (total_steps - step) / (step - first_step) * seconds / 60,
+        }
+        if not math.isfinite(mean_loss):
+            common.fail(
+                f"the loss of epoch {epoch + 1} is not finite: use a lower --lr and another --out"
+            )
+        if bank and ((epoch + 1) % args.eval_every == 0 or step == total_steps):
+            row["knn"] = common.knn_accuracy(encoder, bank, test, size)
+        rows.append(row)
+        accelerator.print(common.format_row(row, CONSOLE_METRICS))
+        uses.zero_()
+        for problem in find_problems(rows, step > max(warmup_steps, freeze_steps)):
+            accelerator.print(f"warning: {problem}")
+        accelerator.log(row, step=step)
+        losses, images.waited = [], 0.0
+        if accelerator.is_main_process:
+            save_run(args.out, state())
+        saved_at = time.monotonic()
+
+    # The end of the run: write and print its results, and export the encoder.
+    about = {
+        "method": "swav",
+        "architecture": args.arch,
+        "stem": args.stem,
+        "image_size": size,
+        "data": args.data,
+    }
+    save_prototypes(args.out / "prototypes.png", network, images, size, args.seed)
+    common.finish(args.out, encoder, about, bank, test, args.seed, rows[-1])
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main()
+    with common.on_interrupt("the same command continues from the last checkpoint"):
+        main()
