@@ -1,4 +1,4 @@
-"""Data and evaluation for the scripts beside it; everything else stands in each script.
+"""Data and evaluation for the scripts beside it. Each script holds the rest.
 
 Sections: errors, files and processes; command line; image operations; image sets and batches;
 encoders; evaluation; console and pictures.
@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -62,6 +63,7 @@ def fail(message: str, every_process: bool = False) -> NoReturn:
     Raises:
         SystemExit: always, with code 2.
     """
+    # Accelerate may not have started yet, so the launcher's own variable is read.
     if every_process or os.environ.get("LOCAL_RANK", "0") == "0":
         print("error:", *message.splitlines(), file=sys.stderr, flush=True)
     raise SystemExit(2)
@@ -110,7 +112,7 @@ def read_json(path: Path) -> object:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        fail(f"{path} cannot be read ({error}): remove it or choose another --out")
+        fail(f"{path} cannot be read ({error}): delete it or choose another --out")
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -118,7 +120,7 @@ def read_checkpoint(path: Path) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # A damaged file can raise almost any exception.
-        fail(f"{path} cannot be read ({error!r:.200}): remove it to begin again")
+        fail(f"{path} cannot be read ({error!r:.200}): delete it to start over")
 
 
 def save_arrays(path: Path, arrays: dict[str, Tensor]) -> None:
@@ -192,7 +194,9 @@ def number(kind: type, low: float, high: float, meaning: str) -> Callable[[str],
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high:
+        if value > high:
+            raise argparse.ArgumentTypeError(f"{text} is too large: {high} is the most")
+        if not value >= low:  # nor is NaN
             raise argparse.ArgumentTypeError(f"{text} is not {meaning}")
         return value
 
@@ -205,8 +209,8 @@ nonnegative_int = number(int, 0, 2**63 - 1, "a whole number of at least 0")
 int_above_1 = number(int, 2, HUGE, "a whole number of at least 2")
 positive_float = number(float, TINY, 1e30, "a number above 0")
 nonnegative_float = number(float, 0, HUGE, "a number of at least 0")
-positive_fraction = number(float, TINY, 1, "a number above 0 and at most 1")
-fraction = number(float, 0, 1, "a number from 0 to 1")
+positive_fraction = number(float, TINY, 1, "a number above 0")
+fraction = number(float, 0, 1, "a number of at least 0")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, data: str | None = "fashion-mini") -> None:
@@ -219,7 +223,11 @@ def add_data_arguments(parser: argparse.ArgumentParser, data: str | None = "fash
         + ("" if data else " (default: what the encoder was trained on)"),
     )
     add("--root", default="data", help="folder where data sets are looked for and downloaded to")
-    add("--limit", type=positive_int, help="use this many training images, drawn once for all runs")
+    add(
+        "--limit",
+        type=positive_int,
+        help="use a subset of this many training images, the same for all seeds",
+    )
     add(
         "--stream",
         action="store_true",
@@ -244,9 +252,11 @@ def describe_presets(presets: dict[str, dict]) -> str:
 def check_batch_size(batch_size: int, available: int, processes: int, what: str = "images") -> None:
     """Fail if a batch is larger than what is available, or the processes cannot share it."""
     if batch_size > available:
-        fail(f"--batch-size {batch_size} is more than the {available} {what} that there are")
+        fail(f"--batch-size {batch_size} is too large: there are only {available} {what}")
     if batch_size % processes:
-        fail(f"--batch-size {batch_size} is not a multiple of the {processes} processes")
+        fail(
+            f"--batch-size {batch_size} must be a multiple of {processes}, the number of processes"
+        )
 
 
 # --------------------------------------------------------------------------------------
@@ -371,13 +381,14 @@ class RandomResizedCrop(NamedTuple):
         inside = (pixel >= start) & (pixel < start + length)
         radius = (length / self.size).clamp(min=1)[..., None]
         weight = (pixel + 0.5 - at[..., None]).div_(radius).abs_()
-        weight = weight.sub_(1).clamp_(max=0).mul_(inside[:, None])  # negative, as is the sum
+        # max(0, 1 - distance), but negative. So is the sum, and the quotient is positive.
+        weight = weight.sub_(1).clamp_(max=0).mul_(inside[:, None])
         return weight.div_(weight.sum(2, keepdim=True))
 
     def cut(
         self, image: Tensor, scale: Tensor, ratio: Tensor, top: Tensor, left: Tensor, flip: Tensor
     ) -> Tensor:
-        """The same by torchvision: image [3, H, W] to one crop a row, [n, 3, size, size] uint8."""
+        """The same by torchvision: image [3, H, W] uint8 to one crop for each row of parameters."""
         crops = []
         boxes = self.boxes(scale, ratio, top, left, *image.shape[1:])
         for box, mirrored in zip(boxes.tolist(), flip.tolist(), strict=True):
@@ -412,7 +423,8 @@ class ColorJitter(NamedTuple):
 
     def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """factors [n, 4], three around 1 and the shift of the hue; order [n, 4], of the four."""
-        middle, strength = torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor(self)
+        middle = torch.tensor([1.0, 1.0, 1.0, 0.0])
+        strength = torch.tensor([self.brightness, self.contrast, self.saturation, self.hue])
         low = torch.maximum(middle - strength, torch.tensor([0.0, 0.0, 0.0, -0.5]))
         factors = low + (middle + strength - low) * torch.rand(n, 4, generator=rng)
         order = torch.rand(n, 4, generator=rng).argsort(1)
@@ -420,19 +432,22 @@ class ColorJitter(NamedTuple):
 
     def __call__(self, x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
         """x [B, C, H, W] with the adjustments made, in place."""
-        for turn in order.unbind(1):  # the adjustment [B] whose turn it is: 3 is the hue
+        CONTRAST, SATURATION, HUE = 1, 2, 3  # brightness is 0
+        for turn in order.unbind(1):  # the adjustment [B] that is each image's next one
             factor = to_device_of(x, factors.gather(1, turn[:, None]))[..., None, None]
-            hue = to_device_of(x, (turn == 3).nonzero()[:, 0])
-            shifted = x.index_select(0, hue)
+            hue_rows = to_device_of(x, (turn == HUE).nonzero()[:, 0])
+            shifted = x.index_select(0, hue_rows)
             if x.shape[1] == 3:
-                shifted = self.shift_hue(shifted, factor[hue, 0])
+                shifted = self.shift_hue(shifted, factor[hue_rows, 0])
 
-            # The other three mix the image with a grey one: black, its mean, or its luma.
+            # The other three mix the image with a gray one: black, its mean, or its luma. This
+            # spoils the images whose hue was shifted, which are put back at the end.
             kind = to_device_of(x, turn)[:, None, None, None]
             luma = TF.rgb_to_grayscale(x, 1)
-            gray = luma * (kind == 2) + luma.mean((2, 3), keepdim=True) * (kind == 1)
+            mean = luma.mean((2, 3), keepdim=True)
+            gray = luma * (kind == SATURATION) + mean * (kind == CONTRAST)
             torch.lerp(gray, x, factor, out=x).clamp_(0, 1)
-            x[hue] = shifted
+            x[hue_rows] = shifted
         return x
 
     @staticmethod
@@ -442,8 +457,9 @@ class ColorJitter(NamedTuple):
         least, value = x.amin(1), x.amax(1)
         chroma = value - least
 
-        # The hue in sixths of the circle (red 0, green 2, blue 4): one formula instead of a case
-        # for each channel that may be the largest.
+        # The hue in sixths of the circle: red is 0, green 2, blue 4. Where red is the largest, away
+        # is 0 and the hue is side. Where it is not, the same formula gives 2 + (b - r) / chroma or
+        # 4 + (r - g) / chroma, up to a whole turn.
         away, side = torch.stack([value - r, g - b]) / chroma.clamp(min=1e-12)
         hue = torch.addcmul(side.abs(), away, 3 - 2 * side.abs()).copysign_(side)
         hue.add_(6 * shift)
@@ -472,8 +488,8 @@ class GaussianBlur(NamedTuple):
         n = x.shape[3]
         tap = torch.arange(self.kernel_size, device=x.device) - self.kernel_size // 2
         weights = (-0.5 * (tap / to_device_of(x, sigma)[:, None]) ** 2).softmax(1)[:, None]
-        source = (torch.arange(n, device=x.device)[:, None] + tap).abs()
-        source = source.minimum(2 * (n - 1) - source).expand(len(x), -1, -1)
+        source = (torch.arange(n, device=x.device)[:, None] + tap).abs()  # reflected on the left
+        source = source.minimum(2 * (n - 1) - source).expand(len(x), -1, -1)  # and on the right
         band = x.new_zeros(len(x), n, n).scatter_add_(2, source, weights.expand_as(source))
         return band[:, None] @ (x.flatten(1, 2) @ band.mT).view_as(x)
 
@@ -522,8 +538,8 @@ class StepPlan:
     views: list[ViewPlan]
 
 
-class ImageSet:
-    """What the images of memory and those of files have in common.
+class ImageSet(ABC):
+    """Base class of images in memory and of image files.
 
     Attributes:
         labels: [N] classes, -1 where there is none.
@@ -547,17 +563,18 @@ class ImageSet:
 
     def centers(self, index: Tensor, size: int) -> Tensor:
         """The middle squares of the images `index` [n], as [n, 3, size, size] float32."""
-        ((_, (x,)),) = self.load(lambda _: center_plan(index, size), [0])
+        _, (x,) = next(self.load(partial(center_plan, [index], size), [0]))
         return x.expand(-1, 3, -1, -1)
 
+    @abstractmethod
     def first(self) -> Tensor:
         """The first image, [C, H, W] uint8."""
-        raise NotImplementedError
 
+    @abstractmethod
     def take(self, index: Tensor) -> "ImageSet":
         """The images `index` [n] as a set of their own."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load(
         self, plan_of: Callable[[int], StepPlan], steps: Sequence[int]
     ) -> Iterator[tuple[StepPlan, list[Tensor]]]:
@@ -571,7 +588,6 @@ class ImageSet:
             The plan of each step, and for each of its views the first operation's result: crops
             [count * B, C, size, size], float32 in 0..1, on the device.
         """
-        raise NotImplementedError
 
 
 @dataclass
@@ -590,7 +606,9 @@ class ImagesInMemory(ImageSet):
         pixels = self.pixels[to_device_of(self.pixels, index)]
         return replace(self, pixels=pixels, labels=self.labels[index])
 
-    def load(self, plan_of, steps):
+    def load(
+        self, plan_of: Callable[[int], StepPlan], steps: Sequence[int]
+    ) -> Iterator[tuple[StepPlan, list[Tensor]]]:
         for step in steps:
             plan = plan_of(step)
             crops = []
@@ -608,10 +626,10 @@ class ImageFiles(ImageSet):
 
     paths: np.ndarray
     labels: Tensor
+    device: torch.device  # where the crops are wanted
+    workers: int
     classes: Sequence[str] = ()
     fingerprint: str = ""
-    device: torch.device | None = None  # where the crops are wanted
-    workers: int = 1
     waited: float = 0.0
 
     def first(self) -> Tensor:
@@ -623,7 +641,9 @@ class ImageFiles(ImageSet):
     def take(self, index: Tensor) -> "ImageFiles":
         return replace(self, paths=self.paths[index.numpy()], labels=self.labels[index])
 
-    def load(self, plan_of, steps):
+    def load(
+        self, plan_of: Callable[[int], StepPlan], steps: Sequence[int]
+    ) -> Iterator[tuple[StepPlan, list[Tensor]]]:
         on_gpu = self.device.type == "cuda"
         loader = DataLoader(
             CropReader(self.paths, plan_of),
@@ -638,7 +658,9 @@ class ImageFiles(ImageSet):
             began = time.monotonic()
             try:
                 crops, error = next(reader)
-            except RuntimeError:  # from torch, about a process that is gone
+            except RuntimeError as torch_error:
+                if "DataLoader worker" not in str(torch_error):
+                    raise
                 crops = []
                 error = (
                     "a data-loading process was killed, probably out of memory: use fewer --workers"
@@ -646,6 +668,7 @@ class ImageFiles(ImageSet):
             self.waited += time.monotonic() - began
             stop_on_any(error, self.device)
             crops = [crop.to(self.device, non_blocking=on_gpu) for crop in crops]
+            # To draw the plan again is cheaper than to send it from the other process.
             yield plan_of(step), [crop.float().div_(255) for crop in crops]
 
 
@@ -704,11 +727,11 @@ def read_image(path: str) -> Tensor:
     """
     try:
         with Image.open(str(path)) as image:
-            if image.mode[0] in "IF":
+            if image.mode[0] in "IF":  # whole numbers or floats, which convert() would cut off
                 raise ValueError("it has more than 8 bits per channel")
             pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except Exception as error:  # A damaged file can raise almost any exception.
-        raise OSError(f"{path} cannot be read ({error}): mend or remove it") from None
+        raise OSError(f"{path} cannot be read ({error}): repair or delete it") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -723,8 +746,9 @@ def load_splits(
     """Load the images of --data.
 
     Args:
-        data: a name of SETS, or a folder: with train/ and val/ or test/, which hold one folder
-            per class, or with images anywhere in it, which then have no classes.
+        data: a name of SETS, or a folder: with train/ and val/ or test/ (val/ counts if there are
+            both), which hold one folder per class; or with images anywhere in it, which then have
+            no classes.
         root: where torchvision's data sets are, or are downloaded to.
         limit: keep the first so many training images of a fixed shuffle.
         device: where the images are kept.
@@ -733,7 +757,7 @@ def load_splits(
             MEMORY_LIMIT are read at once.
 
     Returns:
-        The images to pretrain on, the labelled training images, which are the same except for
+        The images to pretrain on, the labeled training images, which are the same except for
         stl10, and the test images; the latter two are None where there are no classes.
 
     Raises:
@@ -779,7 +803,7 @@ def _load_split(
         fingerprint += f" ({hashlib.sha256(names).hexdigest()[:8]})"
         pixels = None if stream else _decode(source, workers)
     if pixels is None:
-        return ImageFiles(source, labels, classes, fingerprint, device, workers)
+        return ImageFiles(source, labels, device, workers, classes, fingerprint)
     return ImagesInMemory(pixels.to(device), labels, classes, fingerprint)
 
 
@@ -795,10 +819,11 @@ def _read_named_set(
                 return file[f"{split}_images"][:, None], file[f"{split}_labels"], kind.classes
         images = kind(root, split if name == "stl10" else split == "train", download=True)
     except Exception as error:  # The network or a damaged file can raise almost any exception.
+        place = f"{Path(__file__).parent}/data" if name == "fashion-mini" else f"--root {root}"
         fail(
-            f"{name} was not found and could not be downloaded ({str(error) or repr(error):.300}): "
-            f"copy its files to where they belong, or use another --data: {', '.join(SETS)} or a "
-            "folder of images"
+            f"{name} was not found in {place} and could not be downloaded "
+            f"({str(error) or repr(error):.300}): put its files there, or use another --data: "
+            f"{', '.join(SETS)} or a folder of images"
         )
     if name == "stl10":
         return images.data, images.labels, images.classes
@@ -828,13 +853,16 @@ def _list_folder(data: str, split: str) -> tuple[np.ndarray, Sequence[int], Sequ
         fail(str(error).splitlines()[0])
     different = sorted({*train.classes} ^ {*test.classes})
     if different:
-        fail(f"{data}: these class folders are not in both splits: {', '.join(different[:10])}")
+        fail(
+            f"--data {data} must have the same class folders in both splits, but some are only in "
+            f"one: {', '.join(different[:10])}"
+        )
     images = test if split == "test" else train
     return np.array([path for path, _ in images.samples]), images.targets, images.classes
 
 
 def _find_images(folder: str) -> list[str]:
-    """All images below a folder, in order, but for the pictures that a run has left there."""
+    """All images below a folder, in order, except the pictures of runs."""
     suffixes = torchvision.datasets.folder.IMG_EXTENSIONS
     files = []
     for path, _, names in os.walk(folder, followlinks=True):
@@ -863,7 +891,7 @@ def _decode(paths: np.ndarray, workers: int) -> Tensor | None:
         pool.shutdown(cancel_futures=True)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=2)  # this epoch's, and the next one's, from which readers are ahead of use
 def epoch_order(images: int, seed: int, epoch: int) -> Tensor:
     """The order [images] in which an epoch goes through the images."""
     return torch.randperm(images, generator=generator(seed, epoch))
@@ -877,8 +905,9 @@ def draw_plan(
     Args:
         images: how many there are.
         recipes: pairs of a number of views and their operations.
-        batch_size: images a step, over all processes. All of it is drawn.
-        rows: [B] the part of the batch that is wanted.
+        batch_size: images per step, over all processes.
+        rows: [B] the part of the batch that is wanted. The whole batch is drawn, so that the number
+            of processes does not matter.
         step: counted from the start of the run.
     """
     epoch, i = divmod(step, images // batch_size)
@@ -895,9 +924,9 @@ def draw_plan(
     return StepPlan(order[i * batch_size + rows], views)
 
 
-def center_plan(index: Tensor, size: int) -> StepPlan:
-    """A plan that shows the middle of each of the images `index` [B], without randomness."""
-    return StepPlan(index, [ViewPlan(1, [CenterCrop(size)], [()])])
+def center_plan(parts: Sequence[Tensor], size: int, step: int) -> StepPlan:
+    """A plan that shows the middle of each of the images `parts[step]` [B], without randomness."""
+    return StepPlan(parts[step], [ViewPlan(1, [CenterCrop(size)], [()])])
 
 
 def batches(
@@ -911,7 +940,7 @@ def batches(
     Args:
         images: the images to train on.
         recipes: pairs of a number of views and their operations, of which the first is a crop.
-        batch_size: images a step, over all processes.
+        batch_size: images per step, over all processes.
         seed: of everything that is drawn.
         start, stop: the first step, and the one after the last.
 
@@ -996,7 +1025,10 @@ def load_encoder(
         encoder = build_encoder(metadata["architecture"], metadata["stem"], norm_layer)
         encoder.load_state_dict(safetensors.torch.load_file(path))
     except Exception as error:  # A foreign file can raise almost any exception.
-        fail(f"{path} is not an encoder.safetensors of these scripts ({error!r:.200})")
+        fail(
+            f"{path} could not be loaded ({error!r:.200}): use an encoder.safetensors that one of "
+            "these scripts has written"
+        )
     if not expected.items() <= metadata.items():
         fail(
             f"{path} holds another encoder: "
@@ -1025,9 +1057,10 @@ def extract_features(encoder: nn.Module, images: ImageSet, size: int, batch: int
     index = state.process_index * share + torch.arange(share)
     parts = index.clamp(max=len(images) - 1).split(batch)
 
-    # On CPUs every process has running averages of its own: those of the first one count.
-    broadcast([*encoder.eval().buffers()])
-    loaded = images.load(lambda i: center_plan(parts[i], size), range(len(parts)))
+    # On CPUs every process has running averages of its own. Those of the first one count.
+    encoder.eval()
+    broadcast(list(encoder.buffers()))
+    loaded = images.load(partial(center_plan, parts, size), range(len(parts)))
     h = []
     for _, (x,) in progress(loaded, "features", len(parts)):
         x = x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
@@ -1069,7 +1102,7 @@ def knn_predict(
         raise ValueError(f"k = {k} does not fit a bank of {len(bank)}")
     num_classes = num_classes or int(bank_labels.max()) + 1
     bank_labels = bank_labels.to(bank.device)
-    lengths = bank.norm(dim=1).clamp(1e-12)
+    lengths = bank.norm(dim=1).clamp(1e-12)  # dividing by them later saves a copy of the bank
     at_once = max(1, 2**28 // len(bank))  # 1 GiB of cosines
     scores = []
     for q in F.normalize(queries, dim=1).split(at_once):
@@ -1110,7 +1143,7 @@ def train_probes(
         x, y: features [N, D] and labels [N].
         classes: how many there are, C.
         grid: pairs of a learning rate and a weight decay.
-        epochs: at least so many passes; more if there are few images, for 400 steps.
+        epochs: passes over the images, at least; more if there are few, for about 400 steps.
         rng: of the order of the images.
 
     Returns:
@@ -1139,7 +1172,7 @@ def linear_probe(
 ) -> tuple[Tensor, dict[str, float]]:
     """Logistic regression on fixed features.
 
-    A grid of learning rates and weight decays is trained on nine tenths of each class. The cell
+    A grid of learning rates and weight decays is trained on nine tenths of the images. The cell
     that is best on the held-out tenth is trained again on all, and predicts the test images.
     Features are standardized and divided by sqrt(D), so that one grid suits all encoders.
 
@@ -1160,7 +1193,7 @@ def linear_probe(
     x, x_test = (x - mean) / scale, (x_test - mean) / scale
     x, x_test = F.pad(x, (0, 1), value=1), F.pad(x_test, (0, 1), value=1)  # for the bias
 
-    # Sorted by class, every tenth image is a fair tenth.
+    # Sorted by class, every tenth image makes a fair sample of the classes.
     order = torch.randperm(len(x), generator=rng)
     order = order[y.cpu()[order].argsort(stable=True)]
     train, held_out = order[torch.arange(len(x)) % 10 > 0], order[::10]
@@ -1229,13 +1262,13 @@ def compare_features(
         x, x_test = extract_features(network, bank, size), extract_features(network, test, size)
         row = {"features": features}
         for name, draws in subsets.items():
-            hits = torch.zeros(2)
+            accuracies = torch.zeros(2)
             for i in draws:
                 votes = knn_predict(x[i], labels[i], x_test, min(20, len(i)), 0.07, classes)
                 logits, _ = linear_probe(x[i], labels[i], x_test, classes, seed)
-                hits += torch.tensor([accuracy(v, test.labels) for v in (votes, logits)])
+                accuracies += torch.tensor([accuracy(v, test.labels) for v in (votes, logits)])
                 bar.update()
-            row[f"kNN{name}"], row[f"linear{name}"] = (hits / len(draws)).tolist()
+            row[f"kNN{name}"], row[f"linear{name}"] = (accuracies / len(draws)).tolist()
         rows.append(row)
     bar.close()
     return rows
@@ -1256,7 +1289,7 @@ def finish(
         out: the folder of the run.
         encoder: the trained encoder.
         about: its method, architecture, stem, image_size and data: the metadata of the file.
-        bank, test: labelled images, or None. Views above 64 pixels are not evaluated here, since
+        bank, test: labeled images, or None. Views above 64 pixels are not evaluated here, since
             that would take longer than many a run; linear_eval.py does it.
         seed: of the evaluation.
         last: the last row of the metrics.
@@ -1270,7 +1303,7 @@ def finish(
     if PartialState().is_main_process:
         save_encoder(out / "encoder.safetensors", encoder, **about)
     write_results(out, rows, "test accuracy in percent")
-    PartialState().print(f"more: python linear_eval.py {out}/encoder.safetensors")
+    PartialState().print(f"for more: python linear_eval.py {out}/encoder.safetensors")
 
 
 def write_results(out: Path, rows: list[dict], title: str) -> None:
@@ -1300,7 +1333,7 @@ def principal_axes(x: Tensor, count: int, seed: int) -> Tensor:
 COLUMN_NAMES = {"knn": "kNN", "images_per_s": "images/s", "minutes_left": "time left"}
 
 
-def progress(steps: Iterable, description: str, total: int | None = None) -> tqdm:
+def progress(steps: Iterable, description: str, total: int | None = None) -> Iterable:
     """`steps` with a progress bar, on the terminal of the main process."""
     return tqdm(steps, desc=description, total=total, leave=False, disable=not sys.stderr.isatty())
 
@@ -1364,7 +1397,8 @@ def save_pictures(path: Path, images: Tensor, columns: int) -> None:
     """Save a grid of images [N, 3, S, S] in 0..1, small ones enlarged; by the main process."""
     if not PartialState().is_main_process:
         return
-    images = F.interpolate(images.cpu(), scale_factor=max(1, 84 // images.shape[3]))
+    enlarged = max(1, 84 // images.shape[3])  # 84 is a multiple of 28
+    images = F.interpolate(images.cpu(), scale_factor=enlarged)
     try:
         with atomic_write(path) as file:
             torchvision.utils.save_image(images, file, nrow=columns, pad_value=1)
@@ -1391,7 +1425,7 @@ def draw_map(coordinates: Tensor, images: Tensor, kinds: Tensor, side: int = 100
     """Draw small images at their places in the plane.
 
     Args:
-        coordinates: [N, D]; the first two dimensions are drawn, to the right and downwards.
+        coordinates: [N, D]; the first two dimensions are drawn, to the right and down.
         images: [N, 3, S, S] in 0..1.
         kinds: [N] integers, shown by the color of the frame.
         side: of the picture, in pixels.
@@ -1399,14 +1433,16 @@ def draw_map(coordinates: Tensor, images: Tensor, kinds: Tensor, side: int = 100
     Returns:
         [3, side, side].
     """
-    g = F.pad(coordinates, (0, 1))[:, :2].cpu()  # a map of one dimension is a line
-    size = images.shape[3] + 4
+    size = images.shape[3] + 4  # with a frame of two pixels
     canvas = torch.ones(3, side, side)
-    g = g - g.amin(0)
-    g = g / g.max().clamp(min=1e-30)
-    places = ((g + (1 - g.amax(0)) / 2) * (side - size)).long().tolist()
+    places = F.pad(coordinates, (0, 1))[:, :2].cpu()  # A map of one dimension is a line.
+    places = places - places.amin(0)
+    places = places / places.max().clamp(min=1e-30)
+    places = places + (1 - places.amax(0)) / 2  # The shorter axis lies in the middle.
+    places = (places * (side - size)).long().tolist()
     for (left, top), image, kind in zip(places, images.cpu(), kinds.tolist(), strict=True):
-        color = torch.tensor(ImageColor.getrgb(f"hsl({47 * kind % 360}, 100%, 45%)")) / 255
+        hue = 47 * kind % 360  # neighboring kinds get colors that differ
+        color = torch.tensor(ImageColor.getrgb(f"hsl({hue}, 100%, 45%)")) / 255
         canvas[:, top : top + size, left : left + size] = color[:, None, None]
         canvas[:, top + 2 : top + size - 2, left + 2 : left + size - 2] = image
     return canvas

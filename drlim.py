@@ -24,16 +24,19 @@ Where to find the parts of the paper:
   which images are copies: --graph neighbours --shifts -6 -3 3 6
 
 Differences from the paper:
-- Dissimilar pairs are drawn among the images of a step, --ratio of them to each similar pair. The
+- Dissimilar pairs are drawn among the images of a step: --ratio of them for each similar pair. The
   paper uses all pairs.
-- The optimizer (Adam), the learning rate, the margin, ReLU and the number of epochs are choices of
-  this code: the paper does not give them.
+- The loss is a mean over pairs; Eq. 2 is a sum.
+- The optimizer (Adam), the learning rate and its schedule, the margin, ReLU and the number of
+  epochs are choices of this code: the paper does not give them.
 - --graph labels, where images of one class are similar, is not the paper's; it is for comparison.
 
 How to adapt it:
-- Your own network: build it in `main` in place of `paper_network`. It maps images [B, C, H, W] to
-  features [B, width] and has an attribute `width`; a linear layer to the map follows.
-- Other channels than RGB: change `common.read_image`, which reads files, and `load_points`.
+- Your own network: add it to `common.build_encoder`, under a name in `common.ARCHITECTURES`. It
+  maps images [B, 3, H, W] to features [B, width] and has an attribute `width`. A linear layer to
+  the map follows.
+- Channels other than RGB: change `common.read_image`, which reads files, the first layer in
+  `common.build_encoder`, and `load_samples`; `finish_map` draws three channels.
 """
 
 import argparse
@@ -60,7 +63,7 @@ PRESETS = {
     },
 }
 CONSOLE_METRICS = ("flatness", "5-NN", "rank")  # shown besides loss, chance, spread and speed
-MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
+MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # These may, when a run resumes.
 SAVE_MINUTES = 10  # A longer epoch also saves checkpoints midway.
 RUN_FORMAT = 2  # of the files in --out; runs of another format are refused
 
@@ -71,13 +74,13 @@ RUN_FORMAT = 2  # of the files in --out; runs of another format are refused
 
 
 @dataclass
-class Points:
-    """The images to be mapped. The S copies of an image follow each other, unshifted one first.
+class Samples:
+    """The images that are mapped: N of them, each followed by its shifted copies.
 
     Attributes:
-        x: [N * S, C, H, W] float32 in 0..1, on the device.
-        labels: [N * S] classes, on the device.
-        index: [N * S] which image of the data set each one is.
+        x: [N * copies, C, H, W] float32 in 0..1, on the device.
+        labels: [N * copies] classes, on the device.
+        index: [N * copies] which image of the data set each one is.
     """
 
     x: Tensor
@@ -91,8 +94,8 @@ class Graph:
 
     Attributes:
         partners: [N, k] the images that are similar to each of N images.
-        copies: how many copies each image has, all of them similar; image n is rows n * copies to
-            n * copies + copies - 1 of the points.
+        copies: how many samples show each image, if these are similar: rows n * copies to
+            n * copies + copies - 1 of the samples show image n.
         labels: [N] classes, if all images of a class are similar, or None.
     """
 
@@ -114,14 +117,14 @@ def find_classes(wanted: list[str] | None, names: list[str]) -> list[int]:
     return sorted(found)
 
 
-def load_points(
+def load_samples(
     images: common.ImageSet,
     classes: list[int],
     most: int,
     size: int,
     shifts: list[int],
     is_paper: bool,
-) -> Points:
+) -> Samples:
     """Load images of some classes, and copies that are shifted to the right.
 
     Args:
@@ -129,7 +132,7 @@ def load_points(
         classes: the numbers of the classes.
         most: images of each class, at most; the same ones whatever the seed.
         size: side of the images in pixels.
-        shifts: of the copies, in pixels.
+        shifts: how far each copy is shifted, in pixels.
         is_paper: make the images gray, in the middle of 32 x 32 pixels, for the paper's network.
     """
     labels = images.labels.clamp(min=0)  # Images without classes are all of one.
@@ -137,20 +140,22 @@ def load_points(
     drawn = common.draw_per_class(labels[index], most, common.generator(0))
     index = index[drawn].sort().values
     copies = 1 + len(shifts)
-    if len(index) * copies * 12 * size**2 > common.MEMORY_LIMIT:
+    if len(index) * copies * 3 * 4 * size**2 > common.MEMORY_LIMIT:  # of three float32 channels
         common.fail(
             f"{len(index)} images do not fit in memory: "
             "use fewer --classes or --per-class, or a smaller --image-size"
         )
 
+    # With the pixels themselves for features, this loads, crops and resizes the images.
     x = common.extract_features(nn.Flatten(), images.take(index), size)
     x = x.unflatten(1, (3, size, size))
     if is_paper:
         before, after = (32 - size) // 2, (33 - size) // 2
         x = F.pad(x.mean(1, keepdim=True), [before, after, before, after])
+    # A shift to the right pads on the left with zeros, and crops on the right.
     x = torch.stack([F.pad(x, [shift, -shift, 0, 0]) for shift in (0, *shifts)], dim=1)
     index = index.repeat_interleave(copies)
-    return Points(x.flatten(0, 1), labels[index].to(x.device), index)
+    return Samples(x.flatten(0, 1), labels[index].to(x.device), index)
 
 
 def find_nearest(queries: Tensor, bank: Tensor, k: int, is_bank: bool = False) -> Tensor:
@@ -168,34 +173,35 @@ def find_nearest(queries: Tensor, bank: Tensor, k: int, is_bank: bool = False) -
     return torch.cat(nearest)
 
 
-def build_graph(kind: str, points: Points, neighbors: int, copies: int, seed: int) -> Graph:
+def build_graph(kind: str, samples: Samples, neighbors: int, copies: int, seed: int) -> Graph:
     """Decide which images are similar (section 2.1, step 1).
 
     Args:
-        kind: "neighbours", the nearest by pixels among all points; "shifts", the nearest by pixels
-            among the unshifted images, and all copies of both; or "labels", `neighbors` random
-            images of the same class.
-        points: the training images.
-        neighbors: how many are similar to each image.
-        copies: how many there are of each image.
-        seed: of the random images.
+        kind: "neighbours", the nearest by pixels among all samples; "shifts", the nearest by pixels
+            among the unshifted images, and all copies of both; or "labels", images of the same
+            class.
+        samples: the training images.
+        neighbors: how many images are similar to each image.
+        copies: how many samples show each image.
+        seed: of the choice among images of a class.
 
     Raises:
         SystemExit: if no pair would be dissimilar, or there are not as many neighbors.
     """
     if kind != "shifts":
         copies = 1
-    N = len(points.x) // copies
-    labels, available = None, N - 2
+    N = len(samples.x) // copies
+    labels, available = None, N - 2  # all but the image itself and one that is dissimilar
     if kind == "labels":
-        labels = points.labels.cpu()
+        labels = samples.labels.cpu()
         sizes = labels.bincount()
         available = sizes[sizes > 0].min().item() - 1
-        # Images of a class lie at random places on a line of its own.
+        # Find neighbors in a plane instead: the first coordinate keeps the classes apart, the
+        # second is random.
         place = torch.rand(N, generator=common.generator(seed)).double()
         features = torch.stack([2.0 * labels, place], dim=1)
     else:
-        features = points.x[::copies].flatten(1)
+        features = samples.x[::copies].flatten(1)
     if neighbors > available or (kind == "labels" and (sizes > 0).sum() < 2):
         common.fail(
             f"--graph {kind} with --neighbours {neighbors}: {N} images leave only {available} "
@@ -220,20 +226,23 @@ def sample_pairs(
         rng: of the copies and the dissimilar pairs.
 
     Returns:
-        The points i [2B] that are needed, the rows of i that form each pair [B + ratio * B, 2], and
-        Y of each pair, 1 if it is dissimilar. There are only B pairs if none can be dissimilar.
+        i [2B], the samples that are needed; pairs [B + ratio * B, 2], the entries of i that form
+        each pair; and Y of each pair, 1 if it is dissimilar. There are only B pairs if no two
+        images are dissimilar.
     """
     B, copies, partners = len(edges), graph.copies, graph.partners
     a, b = edges // partners.shape[1], partners.flatten()[edges]
 
-    # Each image appears as one of its copies, and if both are the same image, as two of them.
+    # A random copy stands for each image. If both are the same image, the copies must differ: the
+    # second is then 1 to copies - 1 places after the first.
     u = torch.rand(2, B, generator=rng)
     same = (a == b).long()
     copy_a = (u[0] * copies).long()
     copy_b = (copy_a + same + (u[1] * (copies - same)).long()) % copies
     i = torch.stack([a * copies + copy_a, b * copies + copy_b], dim=1).flatten()
 
-    n = torch.stack([a, b], dim=1).flatten()  # the images of i
+    # Two images are similar if one is the other's partner, or they are the same.
+    n = torch.stack([a, b], dim=1).flatten()  # [2B], the images that i shows
     if graph.labels is not None:
         similar = graph.labels[n][:, None] == graph.labels[n]
     else:
@@ -282,7 +291,7 @@ def contrastive_loss(g1: Tensor, g2: Tensor, dissimilar: Tensor, margin: float) 
         loss = (1 - Y) / 2 * D^2 + Y / 2 * max(0, margin - D)^2
 
     Args:
-        g1, g2: [N, dim] the places of both images of each pair.
+        g1, g2: [N, dim] coordinates of both images of each pair.
         dissimilar: Y [N], 0 or 1.
         margin: m > 0, the distance that dissimilar images should have.
 
@@ -290,15 +299,16 @@ def contrastive_loss(g1: Tensor, g2: Tensor, dissimilar: Tensor, margin: float) 
         Scalar. Its gradient is 0 where D = 0.
 
     Raises:
-        ValueError: if the shapes are others.
+        ValueError: if the shapes do not match.
     """
     if g1.shape != g2.shape or g1.ndim != 2 or dissimilar.shape != g1.shape[:1]:
         raise ValueError(
             f"g1, g2 must be [N, dim] and dissimilar [N], got {g1.shape}, {g2.shape} and "
             f"{dissimilar.shape}"
         )
-    D = torch.linalg.vector_norm(g1 - g2, dim=1)  # unlike a bare sqrt, with gradient 0 at 0
-    return torch.where(dissimilar == 0, D**2, (margin - D).clamp(min=0) ** 2).mean() / 2
+    D = torch.linalg.vector_norm(g1 - g2, dim=1)  # Its gradient at 0 is 0; that of sqrt is NaN.
+    hinge = (margin - D).clamp(min=0)
+    return torch.where(dissimilar == 0, D**2, hinge**2).mean() / 2  # 1/2 is in both terms
 
 
 def collapsed_loss(batch_size: int, ratio: float, margin: float) -> float:
@@ -321,7 +331,7 @@ def gather(z: Tensor, accelerator: Accelerator) -> Tensor:
 
 def find_problems(row: dict) -> list[str]:
     """Return warnings about the metrics of one epoch."""
-    if row["spread"] < 0.02:  # in margins
+    if row["spread"] < 0.02:  # standard deviation of the map, as a share of the margin
         return ["the map collapses to a point: use a lower --lr or a higher --ratio"]
     return []
 
@@ -345,7 +355,7 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
 
 @torch.no_grad()
 def embed(G: nn.Module, x: Tensor) -> Tensor:
-    """The places [N, dim] to which G maps the images x [N, C, H, W]."""
+    """The coordinates [N, dim] to which G maps the images x [N, C, H, W]."""
     g = torch.cat([G(part) for part in x.split(256)]).float()
     if not g.isfinite().all():
         common.fail("the map is not finite: use a lower --lr and another --out")
@@ -356,7 +366,7 @@ def copies_rank(g: Tensor, copies: int) -> float:
     """How near to an image its shifted copies lie.
 
     Args:
-        g: [N * copies, dim] places; the copies of an image follow it.
+        g: [N * copies, dim] coordinates; the copies of an image follow it.
         copies: how many there are of each image, itself included.
 
     Returns:
@@ -373,25 +383,25 @@ def copies_rank(g: Tensor, copies: int) -> float:
 
 
 def measure_map(
-    g_test: Tensor, test: Points, g: Tensor, train: Points, classes: int, copies: int
+    g_test: Tensor, test: Samples, g: Tensor, train: Samples, num_classes: int, copies: int
 ) -> dict:
     """The quality of a map.
 
     Args:
-        g_test, test: places [M, dim] of the test images, and these.
-        g, train: the same of the training images.
-        classes: how many there are.
-        copies: how many there are of each image.
+        g_test, test: coordinates [M, dim] of the test images, and the test images.
+        g, train: coordinates of the training images, and the training images.
+        num_classes: how many classes there are.
+        copies: how many samples show each image.
 
     Returns:
-        "flatness", the last singular value of the test images' places as a share of the first (0
-        if they lie on a line); "5-NN", the percentage of test images whose class most of their
-        five nearest training images have, if there are classes; and "rank", see `copies_rank`, if
-        there are copies.
+        "flatness", the smallest singular value of the test images' coordinates as a share of the
+        largest (in the plane, 0 means that all lie on a line); "5-NN", the percentage of test
+        images whose class most of their five nearest training images have, if there are classes;
+        and "rank", see `copies_rank`, if there are copies.
     """
     axes = torch.linalg.svdvals(g_test - g_test.mean(0))
     row = {"flatness": (axes[-1] / axes[0].clamp(min=1e-30)).item()}
-    if classes > 1:
+    if num_classes > 1:
         nearest = find_nearest(g_test, g, min(5, len(g)))
         votes = train.labels[nearest].mode(1).values
         row["5-NN"] = 100 * (votes == test.labels).float().mean().item()
@@ -401,9 +411,16 @@ def measure_map(
 
 
 def finish_map(
-    args: argparse.Namespace, G: nn.Module, train: Points, test: Points, classes: int
+    args: argparse.Namespace, G: nn.Module, train: Samples, test: Samples, num_classes: int
 ) -> None:
-    """Compare the map with PCA and with pixels; write and print what a run leaves."""
+    """Compare the map with PCA and with pixels, and write map.png, map.npz and results.json.
+
+    Args:
+        args: the flags.
+        G: maps images to coordinates, in float32.
+        train, test: the images.
+        num_classes: how many classes there are.
+    """
     copies = 1 + len(args.shifts)
     axes = common.principal_axes(train.x.flatten(1), args.dim, args.seed)
     maps = {
@@ -414,7 +431,7 @@ def finish_map(
     rows, places = [], {}
     for name, to_map in common.progress(maps.items(), "evaluation"):
         g, g_test = embed(to_map, train.x), embed(to_map, test.x)
-        metrics = measure_map(g_test, test, g, train, classes, copies)
+        metrics = measure_map(g_test, test, g, train, num_classes, copies)
         rows.append({"features": f"{name}, {g.shape[1]}-D", **metrics})
         places[name] = g_test, g
 
@@ -574,7 +591,11 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
 
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=common.positive_int, default=15, help="passes over the similar pairs")
-    add("--max-steps", type=common.positive_int, help="end the run, and its schedule, here")
+    add(
+        "--max-steps",
+        type=common.positive_int,
+        help="stop after this many steps; the learning rate's schedule ends there too",
+    )
     add(
         "--batch-size",
         type=common.int_above_1,
@@ -608,7 +629,7 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
     parser.set_defaults(**preset or {})
     args = parser.parse_args(argv)
     if args.arch == "paper" and (args.init or args.stem):
-        common.fail("--init and --stem are for another --arch than the paper's network")
+        common.fail("--init and --stem cannot be used with --arch paper")
     if args.shifts is None:
         args.shifts = [-6, -3, 3, 6] if args.graph == "shifts" else []
     if args.out is None:
@@ -644,10 +665,11 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         common.fail(f"--shifts must be smaller than the images of {args.image_size} pixels")
     classes = find_classes(args.classes, list(bank.classes) or ["all"])
     is_paper = args.arch == "paper"
-    train = load_points(bank, classes, args.per_class, args.image_size, args.shifts, is_paper)
-    test = load_points(test_images, classes, 10**9, args.image_size, args.shifts, is_paper)
+    train = load_samples(bank, classes, args.per_class, args.image_size, args.shifts, is_paper)
+    test = load_samples(test_images, classes, 10**9, args.image_size, args.shifts, is_paper)
 
-    # The graph, whose edges are the similar pairs: an epoch goes through them once.
+    # The graph, which a resumed run builds again. Its edges are the similar pairs, through which an
+    # epoch goes once.
     copies = 1 + len(args.shifts)
     graph = build_graph(args.graph, train, args.neighbours, copies, args.seed)
     edges = graph.partners.numel()
@@ -656,7 +678,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     total_steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
     warmup_steps = min(round(args.warmup_epochs * epoch_steps), total_steps - 1)
 
-    # Model: G.
+    # Model: G, an encoder and a linear layer to the map.
     args.stem = args.stem or ("3x3" if args.image_size <= 64 else "7x7")
     torch.manual_seed(args.seed)
     if is_paper:
@@ -669,7 +691,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     if processes > 1 and device.type == "cuda":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     optimizer = torch.optim.Adam(network.parameters(), args.lr, weight_decay=args.weight_decay)
-    G = nn.Sequential(*network)  # the same layers, without the autocast that Accelerate will add
+    G = nn.Sequential(*network)  # the same layers, which Accelerate will not run in bfloat16
     model, optimizer = accelerator.prepare(network, optimizer)
 
     # Run: start a new one, print a finished one, or resume from a checkpoint.
@@ -680,7 +702,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     if (args.out / "results.json").exists():
         common.print_results(args.out)
         return
-    step, losses, rows = 0, [], []
+
+    step, losses, rows = 0, [], []  # the losses are those of the current epoch
     if checkpoint:
         network.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -689,6 +712,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         accelerator.print(f"resuming after step {step} of {total_steps}")
 
     def state() -> dict:
+        """All that is needed to resume the run."""
         return {
             "model": network.state_dict(),
             "optimizer": optimizer.state_dict(),
@@ -697,6 +721,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             "rows": rows,
         }
 
+    # Training.
     accelerator.init_trackers("drlim", {name: str(value) for name, value in settings.items()})
     accelerator.print(common.format_header(CONSOLE_METRICS))
     saved_at = time.monotonic()
@@ -710,13 +735,13 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             lr = learning_rate(step, total_steps, warmup_steps, args.lr)
             optimizer.param_groups[0]["lr"] = lr
 
-            # The pairs depend on the seed, the epoch and the step. Each process maps its share of
-            # their points, and computes the loss (Eq. 4) of all pairs.
+            # The pairs depend on the seed, the epoch and the step alone. Each process maps its
+            # share of their images, and computes the loss (Eq. 4) of all pairs.
             rng = common.generator(args.seed, epoch, step - epoch * epoch_steps)
             drawn = sample_pairs(graph, batch, args.ratio, rng)
             i, pairs, Y = (common.to_device_of(train.x, v) for v in drawn)
-            own = i.chunk(processes)[accelerator.process_index]
-            g = gather(model(train.x[own]).float(), accelerator)
+            own_rows = i.chunk(processes)[accelerator.process_index]
+            g = gather(model(train.x[own_rows]).float(), accelerator)
             g1, g2 = g[pairs].unbind(1)
             loss = contrastive_loss(g1, g2, Y, args.margin)
 
@@ -724,6 +749,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             accelerator.backward(loss)
             optimizer.step()
 
+            # Count the step; within a long epoch, save from time to time.
             step += 1
             losses.append(loss.detach())
             minutes = (time.monotonic() - saved_at) / 60
@@ -732,8 +758,12 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
                     save_run(args.out, state())
                 saved_at = time.monotonic()
 
-        # The end of the epoch: all processes see the same loss, so all stop if it is not finite.
+        # Metrics. All processes see the same loss, so all of them stop if it is not finite.
         mean_loss = torch.stack(losses).mean().item()
+        if not math.isfinite(mean_loss):
+            common.fail(
+                f"the loss of epoch {epoch + 1} is not finite: use a lower --lr and another --out"
+            )
         seconds = time.monotonic() - started_at
         row = {
             "epoch": epoch + 1,
@@ -745,10 +775,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             "images_per_s": (step - first_step) * 2 * args.batch_size / seconds,
             "minutes_left": (total_steps - step) / (step - first_step) * seconds / 60,
         }
-        if not math.isfinite(mean_loss):
-            common.fail(
-                f"the loss of epoch {epoch + 1} is not finite: use a lower --lr and another --out"
-            )
+
+        # Evaluate, report and save.
         if (epoch + 1) % args.eval_every == 0 or step == total_steps:
             g, g_test = embed(G.eval(), train.x), embed(G, test.x)
             row |= measure_map(g_test, test, g, train, len(classes), copies)

@@ -14,13 +14,14 @@ repository, or `random`, an untrained encoder.
 The protocols:
 - linear: logistic regression on the features of whole images, which are computed once. A grid of
   learning rates and weight decays is trained on nine tenths of the training labels. The pair that
-  is best on the held-out tenth is trained again on all, and meets the test set once.
+  is best on the held-out tenth is trained again on all, and is tested once.
 - knn: weighted k nearest neighbors (Wu et al. 2018, section 3.4).
-- linear-augmented: a linear layer on random crops and flips, with the --recipe of a method's authors.
+- linear-augmented: a linear layer on random crops and flips, with the --recipe of one of the
+  methods' authors.
 - finetune: all weights on random crops and flips, as SimCLR's authors did (Appendix B.5), but for
   at least 500 steps.
 
-But for finetune, the encoder stays in eval mode, and is compared bit by bit with what it was. A
+Except in finetune, the encoder stays in eval mode, and is compared bit by bit with what it was. A
 seed draws the labeled images, the held-out tenth, the batches, the new layer and a random encoder.
 
 Differences from the authors' recipes:
@@ -74,7 +75,7 @@ SECOND_ENCODERS = ("encoder_k", "momentum", "target", "student")
 
 
 class Recipe(NamedTuple):
-    """SGD with momentum 0.9. The rate falls by a cosine or, if there are drops, by a factor there."""
+    """SGD with momentum 0.9. The rate falls by a cosine or, at the drops, by a factor."""
 
     lr: float  # at this batch size
     batch_size: int
@@ -169,11 +170,13 @@ def read_tensors(path: str) -> object:
         # Many checkpoints hold the flags of their script as a Namespace, which is harmless.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        common.fail(f"{path} does not exist: check the path, or use random")
     except Exception as error:  # A damaged file can raise almost any exception.
         text = str(error)
         if "GLOBAL " in text:
             name = text.partition("GLOBAL ")[2].split()[0]
-            reason = f"it holds {name}, which is code"
+            reason = f"it holds {name}, which could run code"
         else:
             reason = text.partition("Weights only load")[0][:200] or "it holds no tensors"
         common.fail(f"{path} was not loaded ({reason}): use a checkpoint that holds only tensors")
@@ -223,6 +226,8 @@ def _is_ours(path: str) -> bool:
     try:
         with safetensors.safe_open(path, "pt") as file:
             return "architecture" in (file.metadata() or {})
+    except FileNotFoundError:
+        common.fail(f"{path} does not exist: check the path, or use random")
     except Exception as error:  # A damaged file can raise almost any exception.
         common.fail(f"{path} was not loaded ({error}): use a checkpoint that holds only tensors")
 
@@ -252,7 +257,7 @@ def choose_recipe(
     batch_size = min(labeled, args.batch_size or recipe.batch_size)
     epochs = recipe.epochs
     if recipe is FINETUNE:
-        # As SimCLR's authors did, twice as long with few labels; and on a handful 500 steps.
+        # As SimCLR's authors did, twice as long with few labels. With very few, at least 500 steps.
         if labeled < 0.05 * images:
             epochs = 2 * epochs
         epochs = max(epochs, math.ceil(500 / (labeled // batch_size)))
@@ -291,7 +296,10 @@ def train(
     device, processes = accelerator.device, accelerator.num_processes
     torch.manual_seed(seed)
     network = nn.Sequential(encoder, nn.Linear(encoder[1].width, classes)).to(device)
-    fixed, model = (encoder, network[1]) if frozen else (nn.Identity(), network)
+    if frozen:
+        fixed, model = encoder, network[1]
+    else:
+        fixed, model = nn.Identity(), network
     is_shared = not frozen and processes > 1 and device.type == "cuda"
     if is_shared:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -320,7 +328,7 @@ def train(
         with torch.no_grad(), accelerator.autocast():
             x = fixed(x).float()
         y = y.to(device)
-        if not is_shared:
+        if not is_shared:  # then every process makes the same step on the whole batch
             x, y = accelerator.gather((x, y))
         with accelerator.autocast():
             loss = F.cross_entropy(model(x).float(), y)
@@ -443,7 +451,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--seeds",
         type=common.positive_int,
-        help="number of runs, with the seeds from 0 on (default: 3; on crops 1)",
+        help="number of runs, with seeds from 0 on (default: 3, or 1 with training on crops)",
     )
     add("--knn-k", type=common.positive_int, default=20, help="number of neighbors of knn")
     add(
@@ -460,12 +468,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--epochs",
         type=common.positive_int,
-        help="passes over the crops (default: the recipe's)",
+        help="passes over the images in training on crops (default: the recipe's)",
     )
     add(
         "--lr",
         type=common.positive_float,
-        help="first learning rate on crops (default: the recipe's, by batch size)",
+        help="first learning rate on crops (default: the recipe's, scaled with the batch size)",
     )
     add(
         "--batch-size",
@@ -480,9 +488,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.features:
         if args.protocol not in ON_FEATURES:
-            common.fail("--features is for --protocol linear and knn")
+            common.fail("--features is only for --protocol linear and knn: leave it out")
         if args.features.exists() or not args.features.parent.is_dir():
-            common.fail(f"--features {args.features} must be a new file in a folder that exists")
+            common.fail(f"--features {args.features} must be a new file in an existing folder")
     return args
 
 
@@ -497,8 +505,8 @@ def draw_labeled(args: argparse.Namespace, bank: ImageSet, seeds: int) -> list[T
         draws = [torch.arange(len(bank))] * seeds
     else:
         least = int(bank.labels.bincount().min())
-        if args.labels > least:
-            common.fail(f"--labels {args.labels:g}: there is a class of only {least} images")
+        if args.labels >= 1 and args.labels > least:
+            common.fail(f"--labels {args.labels:g} is too many: a class has only {least} images")
         draws = [
             common.draw_per_class(bank.labels, args.labels, common.generator(seed))
             for seed in range(seeds)
@@ -506,8 +514,8 @@ def draw_labeled(args: argparse.Namespace, bank: ImageSet, seeds: int) -> list[T
     needed = args.knn_k if args.protocol == "knn" else 2
     if len(draws[0]) < needed:
         common.fail(
-            f"{needed} labeled images are needed (--knn-k, or 2), but --limit and --labels leave "
-            f"only {len(draws[0])}"
+            f"there are only {len(draws[0])} labeled images, but {needed} are needed: use a higher "
+            "--labels or --limit, or for knn a lower --knn-k"
         )
     return draws
 
@@ -546,7 +554,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     about, note = {}, ""
     if not is_random:
         encoder, about, note = open_encoder(args.encoder)
-    if note and not args.data:
+    is_foreign = bool(note)
+    if is_foreign and not args.data:
         common.fail(f"--data is needed: {args.encoder} does not say what it was trained on")
 
     # Data, and the labeled images of each seed.
@@ -561,8 +570,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     classes = int(bank.labels.max()) + 1
     size = args.image_size or int(about.get("image_size", bank.side))
     stem = args.stem or ("3x3" if size <= 64 else "7x7")
-    statistics = args.normalize or ("imagenet" if note else "none")
-    if note:
+    statistics = args.normalize or ("imagenet" if is_foreign else "none")
+    if is_foreign:
         accelerator.print(f"{args.encoder}: {note}; --normalize {statistics}")
     on_features = args.protocol in ON_FEATURES
     seeds = args.seeds or (3 if on_features else 1)
@@ -572,8 +581,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     name, recipe = choose_recipe(args, about, len(draws[0]), len(bank))
     if not on_features and (recipe.batch_size < 2 or recipe.batch_size % processes):
         common.fail(
-            f"--batch-size {recipe.batch_size} must be at least 2 and a multiple of the "
-            f"{processes} processes"
+            f"--batch-size {recipe.batch_size} (at most the number of labeled images) must be at "
+            f"least 2 and a multiple of {processes}, the number of processes"
         )
     images_at_once = max(1, (args.batch_size or 256 * processes) // processes)
     how = describe(args, name, recipe)
@@ -587,13 +596,15 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
 
     runs, hits = [], []
     for seed, labeled in enumerate(draws):
-        # A random encoder is another one for every seed; any other has the same features for all.
+        # Each seed draws a new random encoder. Other encoders need their features only once.
         if is_random:
             torch.manual_seed(seed)
             encoder = common.build_encoder(args.arch, stem)
         if is_random or seed == 0:
-            before = Normalize(*STATISTICS[statistics]) if statistics != "none" else nn.Identity()
-            network = nn.Sequential(before, encoder)
+            normalize = nn.Identity()
+            if statistics != "none":
+                normalize = Normalize(*STATISTICS[statistics])
+            network = nn.Sequential(normalize, encoder)
             network = network.to(device, memory_format=torch.channels_last)
             original = {name: v.clone() for name, v in network.state_dict().items()}
             if on_features:
@@ -613,11 +624,11 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             images = bank if args.labels is None else bank.take(labeled)
             trained = train(start, images, classes, size, recipe, frozen, seed, accelerator)
             scores = common.extract_features(trained, test, size, images_at_once)
-        check_unchanged(network, original)
         if not scores.isfinite().all():
             common.fail(
                 f"the scores of seed {seed} are not finite: use a lower --lr or another encoder"
             )
+        check_unchanged(network, original)
 
         run = {"seed": seed} | {name: f"{value:g}" for name, value in chosen.items()}
         run["top-1"] = common.accuracy(scores, test.labels, 1)
@@ -666,5 +677,5 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
 
 
 if __name__ == "__main__":
-    with common.on_interrupt("nothing was recorded; the same command starts again"):
+    with common.on_interrupt("nothing was recorded; run the same command to start over"):
         main()

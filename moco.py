@@ -18,8 +18,9 @@ Where to find the parts of the papers:
 - Eq. 1, InfoNCE: `info_nce`
 - Eq. 2, the momentum update: `update_key_encoder`
 - Algorithm 1: the inner loop of `main`; the queue: `new_queue` and `enqueue`
-- section 3.3, shuffling batch norm: `encode_keys` and `SplitBatchNorm`
-- section 4.1, the settings: `PEAK_LR`, `learning_rate`, --weight-decay (of all parameters)
+- section 3.3, the augmentation and shuffled batch norm: `augmentation`, `encode_keys` and
+  `SplitBatchNorm`
+- section 4, the training: `PEAK_LR`, `learning_rate`, --weight-decay (of all parameters)
 - v2 (head, blur, cosine schedule, temperature): `VERSIONS` and `OPERATIONS`
 
 Differences from the papers and the authors' code:
@@ -28,15 +29,17 @@ Differences from the papers and the authors' code:
   It is never synchronized.
 - --symmetric makes each view a query once and a key once, in one pass. The loss is the mean of
   both directions; the demo takes their sum.
-- The default queue is shorter than the papers' 65,536 on small sets: an eighth of the images.
+- The defaults are for small images and sets: a queue of an eighth of the images (in the papers
+  65,536), a hidden layer of 512 (2048), 100 epochs (200), and no blur up to 64 pixels.
 - The running averages of batch norm, which only the evaluation uses, are those of the first
   process.
 
 How to adapt it:
-- Your own encoder: build it in `main` in place of `common.build_encoder`. It maps images
-  [B, 3, H, W] to features [B, width] and has an attribute `width`.
-- Other channels than RGB: change `common.read_image`, which reads files, and the first layer in
-  `common.build_encoder`; and leave "color" and "gray" out of OPERATIONS.
+- Your own encoder: add it to `common.build_encoder`, under a name in `common.ARCHITECTURES`. It
+  maps images [B, 3, H, W] to features [B, width], has an attribute `width`, and makes its batch
+  norm with `norm_layer`.
+- Channels other than RGB: change `common.read_image`, which reads files, and the first layer in
+  `common.build_encoder`; leave out the operations "color" and "gray" (--augment crop blur).
 """
 
 import argparse
@@ -87,15 +90,15 @@ VERSIONS = {
     },
 }
 OPERATIONS = {"v1": ("crop", "gray", "color"), "v2": ("crop", "color", "gray", "blur")}
-PEAK_LR = {"sgd": 0.03, "adamw": 0.006}  # at batch size 256
+PEAK_LR = {"sgd": 0.03, "adamw": 0.006}  # at batch size 256; SGD's is the papers'
 CONSOLE_METRICS = ("knn",)  # shown besides loss, chance, spread and speed
-MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
+MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # These may, when a run resumes.
 SAVE_MINUTES = 10  # A longer epoch also saves checkpoints midway.
 RUN_FORMAT = 2  # of the files in --out; runs of another format are refused
 
 
 # --------------------------------------------------------------------------------------
-# Augmentation (v1: section 4, v2: section 3)
+# Augmentation (section 3.3)
 # --------------------------------------------------------------------------------------
 
 
@@ -144,14 +147,18 @@ class SplitBatchNorm(nn.BatchNorm2d):
 
 
 def default_bn_splits(batch_size: int, processes: int) -> int:
-    """As many equal groups of 32 images or more as there can be: at most 8, but one per process."""
+    """The largest number of equal groups, of at least 32 images each, for batch norm.
+
+    There are at most 8 of them over all processes, but at least one per process.
+    """
     own_images = batch_size // processes
-    most = max(1, min(8, batch_size // 32) // processes)
-    return processes * max(n for n in range(1, most + 1) if own_images % n == 0)
+    most_per_process = max(1, min(8, batch_size // 32) // processes)
+    divisors = [n for n in range(1, most_per_process + 1) if own_images % n == 0]
+    return processes * max(divisors)
 
 
 def default_queue_size(images: int, keys: int) -> int:
-    """The power of two below an eighth of the images: at most 65,536, at least a step's keys."""
+    """The largest power of two up to an eighth of the images and 65,536; at least a step's keys."""
     eighth = max(1, images // 8)
     return max(keys, min(65536, 2 ** (eighth.bit_length() - 1)))
 
@@ -162,14 +169,18 @@ def new_queue(size: int, dim: int, seed: int, device: torch.device) -> Tensor:
 
 
 def enqueue(queue: Tensor, k: Tensor, step: int) -> None:
-    """Let the keys k [n, D] of a step take the place of the oldest ones in queue [K, D]."""
-    rows = step * len(k) + torch.arange(len(k), device=k.device)
-    queue[rows % len(queue)] = k
+    """Write the keys k [n, D] of a step over the oldest ones in the queue [K, D].
+
+    The queue is a ring: counted from the start of the run, key number i is in row i mod K.
+    """
+    number = step * len(k) + torch.arange(len(k), device=k.device)
+    queue[number % len(queue)] = k
 
 
 @torch.no_grad()
 def update_key_encoder(f_k: nn.Module, f_q: nn.Module, m: float) -> None:
     """Momentum update (Eq. 2) of all parameters: key = m * key + (1 - m) * query."""
+    # One call for all parameters, as torch's optimizers make it, instead of one for each.
     torch._foreach_lerp_(list(f_k.parameters()), list(f_q.parameters()), 1 - m)
 
 
@@ -192,23 +203,24 @@ def encode_keys(
 ) -> Tensor:
     """Keys of the images of all processes, with shuffled batch norm (section 3.3).
 
-    An image goes through f_k with other images than its view went through f_q with. Otherwise a
-    query could tell its key by the batch statistics that they share.
+    A key is normalized in another group of images than its query. Otherwise a query could
+    recognize its key by the batch statistics that they share.
 
     Args:
         f_k: the key encoder, as Accelerate has prepared it.
         x_k: [n, 3, S, S] images of this process.
-        rng: in the same state on all processes.
+        rng: of the shuffle. It must be in the same state on all processes.
+        accelerator: gathers the images and then the keys.
 
     Returns:
         k [P * n, D] of unit length, in the order of the images.
     """
-    everyone = accelerator.gather(x_k)
-    shuffle = common.to_device_of(x_k, torch.randperm(len(everyone), generator=rng))
-    share = shuffle.chunk(accelerator.num_processes)[accelerator.process_index]
-    x = everyone.index_select(0, share).contiguous(memory_format=torch.channels_last)
+    all_x_k = accelerator.gather(x_k)
+    shuffle = common.to_device_of(x_k, torch.randperm(len(all_x_k), generator=rng))
+    own_rows = shuffle.chunk(accelerator.num_processes)[accelerator.process_index]
+    x = all_x_k.index_select(0, own_rows).contiguous(memory_format=torch.channels_last)
     k = accelerator.gather(f_k(x).float())
-    return F.normalize(k[shuffle.argsort()], dim=1)
+    return F.normalize(k[shuffle.argsort()], dim=1)  # in their old order
 
 
 # --------------------------------------------------------------------------------------
@@ -219,8 +231,8 @@ def encode_keys(
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
     """InfoNCE loss (Eq. 1), mean over N queries.
 
-        loss of n = -log( exp(q[n] k[n] / tau) / (exp(q[n] k[n] / tau) + sum over the queue of
-                                                  exp(q[n] key / tau)) )
+        loss of n = -log( exp(q[n]·k[n] / tau) / (exp(q[n]·k[n] / tau) + negatives of n) )
+        negatives of n = sum over the queue's keys of exp(q[n]·key / tau)
 
     Args:
         q, k: [N, D] queries and their keys, of unit length.
@@ -231,7 +243,7 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
         Scalar; ln(K + 1) if all similarities are equal.
 
     Raises:
-        ValueError: if the shapes are others.
+        ValueError: if the shapes do not match.
     """
     if q.shape != k.shape or q.ndim != 2 or queue.shape[1:] != q.shape[1:]:
         raise ValueError(
@@ -247,7 +259,13 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
 
 
 def find_problems(row: dict, temperature: float, warmed_up: bool) -> list[str]:
-    """Return warnings about the metrics of one epoch."""
+    """Return warnings about the metrics of one epoch.
+
+    Args:
+        row: the metrics.
+        temperature: of the loss. The higher it is, the less the loss can fall.
+        warmed_up: whether the loss should have left chance by now.
+    """
     found = []
     if row["spread"] < 0.1:  # 1 if embeddings fill the sphere, 0 if all are equal
         found.append("the embeddings collapse: their spread should be near 1, and is near 0")
@@ -370,7 +388,7 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
     add = parser.add_argument_group("model").add_argument
     add("--arch", choices=common.ARCHITECTURES, default="resnet18", help="encoders f_q and f_k")
     add("--stem", choices=("3x3", "7x7"), help="first layer (default: 3x3 up to 64 pixels)")
-    add("--init", help="encoder.safetensors whose weights f starts from")
+    add("--init", help="encoder.safetensors with the first weights of f_q and f_k")
     add("--head-layers", type=int, choices=(1, 2), help="layers of the head (v1: 1, v2: 2)")
     add("--hidden", type=common.positive_int, default=512, help="width of the head's inner layer")
     add("--dim", type=common.positive_int, default=128, help="dimensions of queries and keys")
@@ -384,14 +402,14 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
     add(
         "--queue-size",
         type=common.positive_int,
-        help="keys in the queue, K (default: a power of 2, up to images / 8 and 65536)",
+        help="keys in the queue, K (default: up to an eighth of the images, and 65536)",
     )
     add("--key-momentum", type=common.fraction, default=0.999, help="momentum m of f_k")
     add("--symmetric", action="store_true", help="use each view as a query and as a key")
     add(
         "--bn-splits",
         type=common.positive_int,
-        help="groups of a batch that are normalized apart (default: of 32 images, at most 8)",
+        help="groups of a batch with batch norm of their own (default: of 32 images, at most 8)",
     )
     add(
         "--image-size",
@@ -402,7 +420,7 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
         "--augment",
         nargs="+",
         choices=OPERATIONS["v2"],
-        help="operations in their order (default: the version's, but blur only above 64 pixels)",
+        help="operations in this order (default: the version's, but blur only above 64 pixels)",
     )
     add(
         "--crop-scale",
@@ -430,7 +448,11 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
 
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=common.positive_int, default=100, help="passes over the images")
-    add("--max-steps", type=common.positive_int, help="end the run, and its schedule, here")
+    add(
+        "--max-steps",
+        type=common.positive_int,
+        help="stop after this many steps; the learning rate's schedule ends there too",
+    )
     add(
         "--batch-size",
         type=common.int_above_1,
@@ -505,6 +527,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     args.augment = args.augment or names
     recipe = augmentation(args.augment, args.image_size, args.crop_scale, args.jitter)
     common.check_batch_size(args.batch_size, len(images), processes)
+
+    # Groups of batch norm, and the queue.
     keys = args.batch_size * (2 if args.symmetric else 1)  # of a step, over all processes
     args.bn_splits = args.bn_splits or default_bn_splits(args.batch_size, processes)
     if keys % args.bn_splits or args.bn_splits == keys or args.bn_splits % processes:
@@ -518,8 +542,10 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     if len(images) < 2 * args.queue_size:
         accelerator.print(
             f"warning: --queue-size {args.queue_size} is above half of the {len(images)} images: "
-            "too many of the negatives show the query's own image"
+            "too often, a negative shows the query's own image"
         )
+
+    # Length of the run.
     epoch_steps = len(images) // args.batch_size
     total_steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
     warmup_steps = min(round(args.warmup_epochs * epoch_steps), total_steps - 1)
@@ -542,6 +568,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     queue = new_queue(args.queue_size, args.dim, args.seed, device)
     optimizer = build_optimizer(args.optimizer, network.parameters(), args.lr, args.weight_decay)
     f_q, optimizer = accelerator.prepare(network, optimizer)
+    # "evaluation_mode" means no DDP, since f_k has no gradients. It stays in training mode.
     f_k = accelerator.prepare_model(key_network, evaluation_mode=True)
 
     # Run: start a new one, print a finished one, or resume from a checkpoint.
@@ -552,7 +579,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     if (args.out / "results.json").exists():
         common.print_results(args.out)
         return
-    step, losses, rows = 0, [], []
+
+    step, losses, rows = 0, [], []  # the losses are those of the current epoch
     if checkpoint:
         network.load_state_dict(checkpoint["model"])
         key_network.load_state_dict(checkpoint["key_model"])
@@ -563,6 +591,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         accelerator.print(f"resuming after step {step} of {total_steps}")
 
     def state() -> dict:
+        """All that is needed to resume the run."""
         return {
             "model": network.state_dict(),
             "key_model": key_network.state_dict(),
@@ -573,12 +602,14 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             "rows": rows,
         }
 
+    # Training.
     accelerator.init_trackers("moco", {name: str(value) for name, value in settings.items()})
     accelerator.print(common.format_header(CONSOLE_METRICS))
-    # What a step shows depends on the seed, the epoch and the step. It does not depend on the
+    # The images and views of a step depend on the seed, the epoch and the step alone: not on the
     # number of processes, nor on where the run was interrupted.
+    recipes = [(2, recipe)]  # two views of each image
     batches = common.batches(
-        images, [(2, recipe)], args.batch_size, args.seed, start=step, stop=total_steps
+        images, recipes, args.batch_size, args.seed, start=step, stop=total_steps
     )
     saved_at = time.monotonic()
     while step < total_steps:
@@ -592,10 +623,12 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             lr = learning_rate(step, total_steps, warmup_steps, args.lr, args.schedule)
             optimizer.param_groups[0]["lr"] = lr
 
-            # Algorithm 1. The keys are those of all processes; each has its own queries.
+            # Algorithm 1. The keys are gathered from all processes; each has its own queries. The
+            # paper updates f_k at the end of a step, here it is at the start of the next.
             x_q, x_k = queries_and_keys(views, args.symmetric)
             update_key_encoder(key_network, network, args.key_momentum)
-            rng = common.generator(args.seed, epoch, step - epoch * epoch_steps, 1)
+            step_of_epoch = step - epoch * epoch_steps
+            rng = common.generator(args.seed, epoch, step_of_epoch, 1)  # 1: not that of the views
             k = encode_keys(f_k, x_k, rng, accelerator)
             q = f_q(x_q.contiguous(memory_format=torch.channels_last)).float()
             q = F.normalize(q, dim=1)
@@ -607,6 +640,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             optimizer.step()
             enqueue(queue, k, step)
 
+            # Count the step; within a long epoch, save from time to time.
             step += 1
             losses.append(accelerator.reduce(loss.detach(), "mean"))
             minutes = (time.monotonic() - saved_at) / 60
@@ -615,8 +649,12 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
                     save_run(args.out, state())
                 saved_at = time.monotonic()
 
-        # The end of the epoch: all processes see the same loss, so all stop if it is not finite.
+        # Metrics. All processes see the same loss, so all of them stop if it is not finite.
         mean_loss = torch.stack(losses).mean().item()
+        if not math.isfinite(mean_loss):
+            common.fail(
+                f"the loss of epoch {epoch + 1} is not finite: use a lower --lr and another --out"
+            )
         seconds = time.monotonic() - started_at
         row = {
             "epoch": epoch + 1,
@@ -626,19 +664,19 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             "spread": common.spread(accelerator.gather(q.detach())),  # of the last batch
             "lr": lr,
             "images_per_s": (step - first_step) * args.batch_size / seconds,
-            "wait": images.waited / seconds,  # share of the time
+            "wait": images.waited / seconds,  # share of the epoch in which no file was ready
             "minutes_left": (total_steps - step) / (step - first_step) * seconds / 60,
         }
-        if not math.isfinite(mean_loss):
-            common.fail(
-                f"the loss of epoch {epoch + 1} is not finite: use a lower --lr and another --out"
-            )
+
+        # Evaluate, report and save.
         if bank and ((epoch + 1) % args.eval_every == 0 or step == total_steps):
             row["knn"] = common.knn_accuracy(encoder, bank, test, args.image_size)
         rows.append(row)
         accelerator.print(common.format_row(row, CONSOLE_METRICS))
-        filled = step > max(warmup_steps, epoch_steps, args.queue_size // args.batch_size)
-        for problem in find_problems(row, args.temperature, filled):
+        # The loss says little until keys have replaced the random vectors in the queue.
+        fill_steps = args.queue_size // keys
+        warmed_up = step > max(warmup_steps, epoch_steps, fill_steps)
+        for problem in find_problems(row, args.temperature, warmed_up):
             accelerator.print(f"warning: {problem}")
         accelerator.log(row, step=step)
         losses, images.waited = [], 0.0

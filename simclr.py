@@ -31,10 +31,10 @@ Differences from the paper and the authors' code:
   GPUs.
 
 How to adapt it:
-- Your own encoder: build it in `main` in place of `common.build_encoder`. It maps images
-  [B, 3, H, W] to features [B, width] and has an attribute `width`.
-- Other channels than RGB: change `common.read_image`, which reads files, and the first layer in
-  `common.build_encoder`; and leave "color" and "gray" out of OPERATIONS.
+- Your own encoder: add it to `common.build_encoder`, under a name in `common.ARCHITECTURES`. It
+  maps images [B, 3, H, W] to features [B, width] and has an attribute `width`.
+- Channels other than RGB: change `common.read_image`, which reads files, and the first layer in
+  `common.build_encoder`; leave out the operations "color" and "gray" (--augment crop blur).
 """
 
 import argparse
@@ -71,7 +71,7 @@ OPERATIONS = ("crop", "color", "gray", "blur")
 # At batch size 4096. For LARS both rules agree there: 4.8 = 0.3 * 4096 / 256 = 0.075 * sqrt(4096).
 PEAK_LR = {"lars": 4.8, "sgd": 0.48, "adamw": 0.016}
 CONSOLE_METRICS = ("knn",)  # shown besides loss, chance, spread and speed
-MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
+MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # These may, when a run resumes.
 SAVE_MINUTES = 10  # A longer epoch also saves checkpoints midway.
 RUN_FORMAT = 2  # of the files in --out; runs of another format are refused
 
@@ -375,7 +375,11 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
 
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=common.positive_int, default=100, help="passes over the images")
-    add("--max-steps", type=common.positive_int, help="end the run, and its schedule, here")
+    add(
+        "--max-steps",
+        type=common.positive_int,
+        help="stop after this many steps; the learning rate's schedule ends there too",
+    )
     add(
         "--batch-size",
         type=common.int_above_1,
@@ -478,7 +482,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     if (args.out / "results.json").exists():
         common.print_results(args.out)
         return
-    step, losses, rows = 0, [], []
+
+    step, losses, rows = 0, [], []  # the losses are those of the current epoch
     if checkpoint:
         network.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -487,6 +492,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         accelerator.print(f"resuming after step {step} of {total_steps}")
 
     def state() -> dict:
+        """All that is needed to resume the run."""
         return {
             "model": network.state_dict(),
             "optimizer": optimizer.state_dict(),
@@ -495,12 +501,14 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             "rows": rows,
         }
 
+    # Training.
     accelerator.init_trackers("simclr", {name: str(value) for name, value in settings.items()})
     accelerator.print(common.format_header(CONSOLE_METRICS))
-    # What a step shows depends on the seed, the epoch and the step. It does not depend on the
+    # The images and views of a step depend on the seed, the epoch and the step alone: not on the
     # number of processes, nor on where the run was interrupted.
+    recipes = [(2, recipe)]  # two views of each image
     batches = common.batches(
-        images, [(2, recipe)], args.batch_size, args.seed, start=step, stop=total_steps
+        images, recipes, args.batch_size, args.seed, start=step, stop=total_steps
     )
     saved_at = time.monotonic()
     while step < total_steps:
@@ -525,6 +533,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             accelerator.backward(loss)
             optimizer.step()
 
+            # Count the step; within a long epoch, save from time to time.
             step += 1
             losses.append(loss.detach())
             minutes = (time.monotonic() - saved_at) / 60
@@ -533,8 +542,12 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
                     save_run(args.out, state())
                 saved_at = time.monotonic()
 
-        # The end of the epoch: all processes see the same loss, so all stop if it is not finite.
+        # Metrics. All processes see the same loss, so all of them stop if it is not finite.
         mean_loss = torch.stack(losses).mean().item()
+        if not math.isfinite(mean_loss):
+            common.fail(
+                f"the loss of epoch {epoch + 1} is not finite: use a lower --lr and another --out"
+            )
         seconds = time.monotonic() - started_at
         row = {
             "epoch": epoch + 1,
@@ -545,13 +558,11 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             "spread": common.spread(z1),  # of the last batch
             "lr": lr,
             "images_per_s": (step - first_step) * args.batch_size / seconds,
-            "wait": images.waited / seconds,  # share of the time
+            "wait": images.waited / seconds,  # share of the epoch in which no file was ready
             "minutes_left": (total_steps - step) / (step - first_step) * seconds / 60,
         }
-        if not math.isfinite(mean_loss):
-            common.fail(
-                f"the loss of epoch {epoch + 1} is not finite: use a lower --lr and another --out"
-            )
+
+        # Evaluate, report and save.
         if bank and ((epoch + 1) % args.eval_every == 0 or step == total_steps):
             row["knn"] = common.knn_accuracy(encoder, bank, test, args.image_size)
         rows.append(row)

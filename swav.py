@@ -22,20 +22,22 @@ Where to find the parts of the paper:
 - Appendix A.1, optimizer and learning rate: `LARC`, `learning_rate` and `PEAK_LR`
 
 Differences from the paper and the authors' code:
-- Sinkhorn works in logarithms, which cannot overflow, and on the batch of all processes at once.
-- Freezing of the prototypes and the start of the queue are given in epochs; the authors' code
-  freezes for a number of steps.
-- The default is 512 prototypes, for small data sets and batches; the paper has 3,000.
+- Sinkhorn works in logarithms, which cannot overflow, and on the gathered embeddings of all
+  processes; the authors' code reduces sums over the processes instead.
+- The loss is a mean over codes and crops, as in the authors' code; Eq. 6 is a sum.
+- The time in which the prototypes are frozen is given in epochs, not in steps.
+- The defaults are for small images and sets: 512 prototypes (in the paper 3,000), a hidden layer of
+  512 (2048), small crops of 9/16 of the large ones' side (3/7), and no blur up to 64 pixels.
 - The default peak of the learning rate grows with the batch size to the power 3/4, which gives the
   authors' 0.6 at 256 and 4.8 at 4096.
 - On CPUs each process has its own batch norm statistics, because PyTorch synchronizes them only on
   GPUs.
 
 How to adapt it:
-- Your own encoder: build it in `main` in place of `common.build_encoder`. It maps images
-  [B, 3, H, W] to features [B, width] and has an attribute `width`.
-- Other channels than RGB: change `common.read_image`, which reads files, and the first layer in
-  `common.build_encoder`; and leave "color" and "gray" out of OPERATIONS.
+- Your own encoder: add it to `common.build_encoder`, under a name in `common.ARCHITECTURES`. It
+  maps images [B, 3, H, W] to features [B, width] and has an attribute `width`.
+- Channels other than RGB: change `common.read_image`, which reads files, and the first layer in
+  `common.build_encoder`; leave out the operations "color" and "gray" (--augment crop blur).
 """
 
 import argparse
@@ -74,7 +76,7 @@ PRESETS = {
 OPERATIONS = ("crop", "color", "gray", "blur")
 PEAK_LR = {"larc": 0.6, "sgd": 0.05, "adamw": 0.004}  # at batch size 256
 CONSOLE_METRICS = ("prototypes", "knn")  # shown besides loss, chance, spread and speed
-MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
+MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # These may, when a run resumes.
 SAVE_MINUTES = 10  # A longer epoch also saves checkpoints midway.
 RUN_FORMAT = 2  # of the files in --out; runs of another format are refused
 
@@ -112,7 +114,7 @@ def augmentation(
 
 
 def default_crop_sizes(side: int) -> list[int]:
-    """Sides of the large and the small crops of images with this side: 32 and 18, 224 and 96."""
+    """Sides of the large and the small crops for images with this side: 32 and 18, 224 and 96."""
     return [side, round(side * (9 / 16 if side <= 64 else 3 / 7))]
 
 
@@ -143,7 +145,7 @@ class SwAV(nn.Module):
             crops: [n, 3, S, S] for each size. The encoder takes one size at a time, the head all.
 
         Returns:
-            z [N, D] of unit length and the scores z C [N, K], float32, of all N crops.
+            z [N, D] of unit length and the scores z C^T [N, K], float32, of all N crops.
         """
         z = self.head(torch.cat([self.encoder(x) for x in crops]))
         with torch.autocast(z.device.type, enabled=False):
@@ -170,15 +172,15 @@ def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tens
 
     Args:
         scores: [B, K] of embeddings and prototypes.
-        epsilon: the softness of the assignment.
+        epsilon: the weight of the entropy; the smaller it is, the harder are the codes.
         iterations: how many times both are scaled.
 
     Returns:
         [B, K], float32 or better; each row sums to 1.
     """
     dtype = torch.float32
-    if epsilon < 0.01 and scores.device.type != "mps":  # MPS has no float64
-        dtype = torch.float64
+    if epsilon < 0.01 and scores.device.type != "mps":  # MPS has no float64.
+        dtype = torch.float64  # The quotient below is too large for the precision of float32.
     log_q = scores.to(torch.promote_types(scores.dtype, dtype)) / epsilon
     for _ in range(iterations):
         log_q = log_q.log_softmax(0).log_softmax(1)
@@ -196,26 +198,27 @@ def assign_codes(
         C: [K, D] prototypes.
         queue: [2, Q, D] embeddings of earlier batches. They have a part in sharing out the
             prototypes, but their codes are dropped.
-        epsilon: the softness of the codes.
+        epsilon: the weight of the entropy; see `sinkhorn`.
 
     Returns:
-        Codes [2, N, K], and the scores Z C that they come from, [2, N, K].
+        Codes [2, N, K], and the scores Z C^T that they come from, [2, N, K].
     """
     N = Z.shape[1]
-    everything = Z if queue is None else torch.cat([queue, Z], dim=1)
-    scores = everything @ C.T
+    embeddings = Z if queue is None else torch.cat([queue, Z], dim=1)
+    scores = embeddings @ C.T
     codes = torch.stack([sinkhorn(s, epsilon)[-N:] for s in scores])
     return codes, scores[:, -N:]
 
 
 def enqueue(queue: Tensor, Z: Tensor, step: int) -> None:
-    """Let the embeddings Z [2, N, D] of a step take the place of the oldest in queue [2, Q, D].
+    """Write the embeddings Z [2, N, D] of a step over the oldest ones in the queue [2, Q, D].
 
-    If the queue is shorter than the batch, the last Q embeddings of the batch stay.
+    The queue is a ring: counted from the start of the run, image number i is in row i mod Q. If it
+    is shorter than the batch, it holds the last Q images of the batch.
     """
     Q, N = queue.shape[1], Z.shape[1]
-    rows = step * N + torch.arange(N, device=Z.device)
-    queue[:, rows[-Q:] % Q] = Z[:, -Q:]
+    number = step * N + torch.arange(N, device=Z.device)
+    queue[:, number[-Q:] % Q] = Z[:, -Q:]
 
 
 # --------------------------------------------------------------------------------------
@@ -226,12 +229,12 @@ def enqueue(queue: Tensor, Z: Tensor, step: int) -> None:
 def swapped_prediction_loss(scores: Tensor, codes: Tensor, temperature: float) -> Tensor:
     """Swapped prediction (Eq. 2 and 6), mean over images, codes and the crops that predict them.
 
-    The code q of crop i in (0, 1) is predicted from every other crop v:
+    The code q of each large crop i, 0 or 1, is predicted from every other crop v:
 
         loss of i and v = -sum over k of q[i, k] * log softmax(scores[v] / tau)[k]
 
     Args:
-        scores: [V, B, K] of all V crops, of which the first two have codes.
+        scores: [V, B, K] of all V crops (in the paper V + 2), of which the first two have codes.
         codes: [2, B, K] without gradient.
         temperature: tau > 0.
 
@@ -239,7 +242,7 @@ def swapped_prediction_loss(scores: Tensor, codes: Tensor, temperature: float) -
         Scalar; ln K if all scores are equal.
 
     Raises:
-        ValueError: if the shapes are others.
+        ValueError: if the shapes do not match.
     """
     if scores.ndim != 3 or len(scores) < 2 or codes.shape != (2, *scores.shape[1:]):
         raise ValueError(
@@ -247,12 +250,19 @@ def swapped_prediction_loss(scores: Tensor, codes: Tensor, temperature: float) -
         )
     V, B = scores.shape[:2]
     log_p = (scores / temperature).log_softmax(2)
-    loss = codes.flatten(1) @ log_p.flatten(1).T / -B  # [2, V]: of each code by each crop
-    return (loss.sum() - loss.trace()) / (2 * (V - 1))  # without a crop's own code
+    # [2, V]: entry (i, v) is the cross-entropy of code i and the prediction by crop v. On the
+    # diagonal a crop predicts its own code, which does not count.
+    loss = -(codes.flatten(1) @ log_p.flatten(1).T) / B
+    return (loss.sum() - loss.trace()) / (2 * (V - 1))
 
 
 def find_problems(rows: list[dict], warmed_up: bool) -> list[str]:
-    """Return warnings about the metrics of the last epoch."""
+    """Return warnings about the metrics of the last epoch.
+
+    Args:
+        rows: the metrics of all epochs. A loss that passes chance on its way down is no problem.
+        warmed_up: whether the loss should have left chance by now.
+    """
     row = rows[-1]
     at_chance = abs(row["loss"] / row["chance"] - 1) < 0.02
     falls = len(rows) > 1 and rows[-2]["loss"] - row["loss"] > 0.02
@@ -305,7 +315,7 @@ def build_optimizer(name: str, params, lr: float, weight_decay: float) -> torch.
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     """Learning rate of step 0 .. steps - 1.
 
-    It rises linearly from 1/16 of the peak, then falls by a cosine to 1/1000 of it.
+    It rises linearly from 1/16 of the peak to the peak, then falls by a cosine to 1/1000 of it.
     """
     if step < warmup:
         return peak * (1 + 15 * step / warmup) / 16
@@ -433,7 +443,12 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
         default=1.0,
         help="epochs in which the prototypes do not learn",
     )
-    add("--epsilon", type=common.positive_float, default=0.05, help="softness of the codes")
+    add(
+        "--epsilon",
+        type=common.positive_float,
+        default=0.05,
+        help="weight of the entropy in the codes",
+    )
     add(
         "--queue-size",
         type=common.nonnegative_int,
@@ -457,14 +472,14 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
         "--crop-sizes",
         type=common.int_above_1,
         nargs="+",
-        help="their sides in pixels (default: the side of the images, and about half)",
+        help="side of the crops in pixels, for each resolution (default: the images' and half)",
     )
     add(
         "--crop-scales",
         type=common.positive_fraction,
         nargs="+",
         default=[0.14, 1.0, 0.05, 0.14],
-        help="their least and largest areas, as shares of the image's",
+        help="least and largest area of a crop as a share of the image's, for each resolution",
     )
     add(
         "--augment",
@@ -478,11 +493,20 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
         default=1.0,
         help="strength s of the color jitter",
     )
-    add("--temperature", type=common.positive_float, default=0.1, help="tau of the prediction")
+    add(
+        "--temperature",
+        type=common.positive_float,
+        default=0.1,
+        help="temperature tau of the softmax",
+    )
 
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=common.positive_int, default=100, help="passes over the images")
-    add("--max-steps", type=common.positive_int, help="end the run, and its schedule, here")
+    add(
+        "--max-steps",
+        type=common.positive_int,
+        help="stop after this many steps; the learning rate's schedule ends there too",
+    )
     add(
         "--batch-size",
         type=common.int_above_1,
@@ -533,7 +557,11 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
 
 
 def build_recipes(args: argparse.Namespace) -> list[tuple[int, list]]:
-    """The number of crops and their operations for each resolution, as `common.batches` wants."""
+    """For each resolution the number of crops of an image, and the operations that make a crop.
+
+    Raises:
+        SystemExit: if --crops, --crop-sizes and --crop-scales do not fit together.
+    """
     least, largest = args.crop_scales[::2], args.crop_scales[1::2]
     count = len(args.crops)
     matches = count <= len(args.crop_sizes) and count <= len(largest) and args.crops[0] >= 2
@@ -576,12 +604,12 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     total_steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
     warmup_steps = min(round(args.warmup_epochs * epoch_steps), total_steps - 1)
 
-    # The prototypes learn after the first steps; the queue begins to fill, and is full, later.
+    # From these steps on the prototypes learn, the queue is filled, and the full queue is used.
     freeze_steps = round(args.freeze_prototypes * epoch_steps)
     fill_step = round(args.queue_start * epoch_steps)
     full_step = fill_step + math.ceil(args.queue_size / args.batch_size)
-    sharing = args.batch_size + (args.queue_size if full_step < total_steps else 0)
-    if sharing < args.prototypes:
+    assigned = args.batch_size + (args.queue_size if full_step < total_steps else 0)
+    if assigned < args.prototypes:
         accelerator.print(
             f"warning: {args.batch_size} images per step, and the queue, are too few to share "
             f"{args.prototypes} prototypes: use fewer --prototypes or a larger --batch-size"
@@ -611,8 +639,9 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     if (args.out / "results.json").exists():
         common.print_results(args.out)
         return
-    step, losses, rows = 0, [], []
-    uses = torch.zeros(args.prototypes, device=device)  # how often each was the nearest one
+
+    step, losses, rows = 0, [], []  # the losses are those of the current epoch
+    uses = torch.zeros(args.prototypes, device=device)  # large crops nearest to each, this epoch
     if checkpoint:
         network.load_state_dict(checkpoint["model"])
         queue.copy_(checkpoint["queue"])
@@ -623,6 +652,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         accelerator.print(f"resuming after step {step} of {total_steps}")
 
     def state() -> dict:
+        """All that is needed to resume the run."""
         return {
             "model": network.state_dict(),
             "queue": queue,
@@ -633,9 +663,10 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             "rows": rows,
         }
 
+    # Training.
     accelerator.init_trackers("swav", {name: str(value) for name, value in settings.items()})
     accelerator.print(common.format_header(CONSOLE_METRICS))
-    # What a step shows depends on the seed, the epoch and the step. It does not depend on the
+    # The images and views of a step depend on the seed, the epoch and the step alone: not on the
     # number of processes, nor on where the run was interrupted.
     batches = common.batches(
         images, recipes, args.batch_size, args.seed, start=step, stop=total_steps
@@ -652,17 +683,19 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             lr = learning_rate(step, total_steps, warmup_steps, args.lr)
             optimizer.param_groups[0]["lr"] = lr
 
-            # Algorithm 1: embeddings z and scores z C of all V crops of this process's B images.
+            # Algorithm 1: embeddings z [V, B, D] and scores z C^T [V, B, K] of all V crops of this
+            # process's B images.
             normalize_prototypes(C)
             x = [v.flatten(0, 1).contiguous(memory_format=torch.channels_last) for v in views]
             z, scores = model(*x)
             z, scores = z.unflatten(0, (-1, len(index))), scores.unflatten(0, (-1, len(index)))
 
-            # Codes of the two large crops of all N images of the batch, [2, N, K]; each process
-            # takes its own rows.
-            Z = accelerator.gather(z[:2].detach().transpose(0, 1).contiguous()).transpose(0, 1)
-            helpers = queue if args.queue_size and step >= full_step else None
-            codes, code_scores = assign_codes(Z, C, helpers, args.epsilon)
+            # Codes [2, N, K] of the two large crops of the N images of all processes, of which each
+            # process takes its own rows. The images come first when they are gathered.
+            own_z = z[:2].detach().transpose(0, 1).contiguous()
+            Z = accelerator.gather(own_z).transpose(0, 1)  # [2, N, D]
+            full_queue = queue if args.queue_size and step >= full_step else None
+            codes, code_scores = assign_codes(Z, C, full_queue, args.epsilon)
             if args.queue_size and step >= fill_step:
                 enqueue(queue, Z, step)
             own_codes = codes.chunk(processes, dim=1)[accelerator.process_index]
@@ -671,9 +704,10 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             optimizer.zero_grad()
             accelerator.backward(loss)
             if step < freeze_steps:
-                C.grad = None
+                C.grad = None  # Unlike zeros, it keeps momentum and decay from moving them, too.
             optimizer.step()
 
+            # Count the step; within a long epoch, save from time to time.
             step += 1
             losses.append(accelerator.reduce(loss.detach(), "mean"))
             nearest = code_scores.argmax(2).flatten()
@@ -684,27 +718,29 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
                     save_run(args.out, state())
                 saved_at = time.monotonic()
 
-        # The end of the epoch: all processes see the same loss, so all stop if it is not finite.
+        # Metrics. All processes see the same loss, so all of them stop if it is not finite.
         mean_loss = torch.stack(losses).mean().item()
+        if not math.isfinite(mean_loss):
+            common.fail(
+                f"the loss of epoch {epoch + 1} is not finite: use a lower --lr and another --out"
+            )
         seconds = time.monotonic() - started_at
         shares = uses / uses.sum()
         row = {
             "epoch": epoch + 1,
             "step": step,
             "loss": mean_loss,
-            "chance": math.log(args.prototypes),  # the loss of equal embeddings
+            "chance": math.log(args.prototypes),  # the loss of uniform predictions
             "prototypes": (uses > 0).sum().item(),  # that were the nearest one
             "entropy": torch.special.entr(shares).sum().item(),  # ln K if all are used equally
             "spread": common.spread(Z[0]),  # of the last batch
             "lr": lr,
             "images_per_s": (step - first_step) * args.batch_size / seconds,
-            "wait": images.waited / seconds,  # share of the time
+            "wait": images.waited / seconds,  # share of the epoch in which no file was ready
             "minutes_left": (total_steps - step) / (step - first_step) * seconds / 60,
         }
-        if not math.isfinite(mean_loss):
-            common.fail(
-                f"the loss of epoch {epoch + 1} is not finite: use a lower --lr and another --out"
-            )
+
+        # Evaluate, report and save.
         if bank and ((epoch + 1) % args.eval_every == 0 or step == total_steps):
             row["knn"] = common.knn_accuracy(encoder, bank, test, size)
         rows.append(row)

@@ -47,10 +47,12 @@ import swav
 
 SGD = torch.optim.SGD
 # Of a script: its views of an image (number, side), whether keys pass forward, its optimiser
-WORK = {simclr: ([(2, 32)], False, partial(simclr.LARS, weight_decay=1e-6)),
-        supcon: ([(2, 32)], False, partial(SGD, momentum=0.9, weight_decay=1e-4)),
-        moco: ([(1, 32)], True, partial(SGD, momentum=0.9, weight_decay=1e-4)),
-        swav: ([(2, 32), (6, 18)], False, partial(swav.LARC, momentum=0.9, weight_decay=1e-6))}
+WORK = {
+    simclr: ([(2, 32)], False, partial(simclr.LARS, weight_decay=1e-6)),
+    supcon: ([(2, 32)], False, partial(SGD, momentum=0.9, weight_decay=1e-4)),
+    moco: ([(1, 32)], True, partial(SGD, momentum=0.9, weight_decay=1e-4)),
+    swav: ([(2, 32), (6, 18)], False, partial(swav.LARC, momentum=0.9, weight_decay=1e-6)),
+}
 BLOCK, WARM_UP = 4, 4  # steps of a turn; turns, after which SwAV's queue of 3,840 is full
 
 
@@ -119,8 +121,10 @@ def end_to_end(script, argv: list[str], batch: int, turns: int) -> None:
     print(f"{script.__name__}: {BLOCK * batch / statistics.median(ours):.0f} images/s end to end")
     for name, other in zip(alone, others, strict=True):
         ratio = statistics.median(b / a for a, b in zip(ours, other, strict=True))
-        print(f"  {BLOCK * batch / statistics.median(other):.0f} {name}: {ratio:.3f} "
-              f"(median of {turns} turns)")
+        print(
+            f"  {BLOCK * batch / statistics.median(other):.0f} {name}: {ratio:.3f} "
+            f"(median of {turns} turns)"
+        )
 
 
 class PerImage(Dataset):
@@ -128,10 +132,15 @@ class PerImage(Dataset):
 
     def __init__(self, images: torch.Tensor) -> None:
         self.images = images
-        self.transform = v2.Compose([
-            v2.RandomResizedCrop(32, antialias=True), v2.RandomHorizontalFlip(),
-            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2),
-            v2.ToDtype(torch.float32, scale=True)])
+        self.transform = v2.Compose(
+            [
+                v2.RandomResizedCrop(32, antialias=True),
+                v2.RandomHorizontalFlip(),
+                v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8),
+                v2.RandomGrayscale(0.2),
+                v2.ToDtype(torch.float32, scale=True),
+            ]
+        )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -142,8 +151,9 @@ class PerImage(Dataset):
 
 def augmentation(turns: int) -> None:
     cores = os.cpu_count()
-    data = common.ImageSet(torch.randint(256, (2048, 3, 32, 32), dtype=torch.uint8),
-                           torch.zeros(2048))
+    data = common.ImageSet(
+        torch.randint(256, (2048, 3, 32, 32), dtype=torch.uint8), torch.zeros(2048)
+    )
     recipe = simclr.augmentation(["crop", "color", "gray"], 32, 0.08, 0.5)
     loader = DataLoader(PerImage(data.images), 256, num_workers=cores, persistent_workers=True)
     times = []
@@ -157,20 +167,37 @@ def augmentation(turns: int) -> None:
         times.append((middle - began, time.perf_counter() - middle))
     ours, theirs = (2 * 2048 / statistics.median(t) for t in zip(*times[1:], strict=True))
     ratio = statistics.median(b / a for a, b in times[1:])
-    print(f"augmentation: {ours:.0f} views/s, torchvision v2 image by image, {cores} workers, "
-          f"{theirs:.0f}: {ratio:.2f} times (median of {turns} turns)")
+    print(
+        f"augmentation: {ours:.0f} views/s, torchvision v2 image by image, {cores} workers, "
+        f"{theirs:.0f}: {ratio:.2f} times (median of {turns} turns)"
+    )
 
 
 def waiting(photographs: str, folder: str) -> None:
     for size in (128, 224):
         out = f"{folder}/waiting-{size}"
-        argv = ["--data", photographs, "--out", out, "--stream", "--image-size", str(size),
-                "--batch-size", "64", "--epochs", "2", "--warmup-epochs", "1"]
+        argv = [
+            "--data",
+            photographs,
+            "--out",
+            out,
+            "--stream",
+            "--image-size",
+            str(size),
+            "--batch-size",
+            "64",
+            "--epochs",
+            "2",
+            "--warmup-epochs",
+            "1",
+        ]
         with contextlib.redirect_stdout(io.StringIO()):
             simclr.main(argv)
         row = json.loads(Path(out, "metrics.jsonl").read_text().splitlines()[-1])
-        print(f"photographs, 2 views of {size} px: {row['images_per_s']:.1f} images/s, waiting for "
-              f"files {100 * row['wait']:.2f} % of the second epoch")
+        print(
+            f"photographs, 2 views of {size} px: {row['images_per_s']:.1f} images/s, waiting for "
+            f"files {100 * row['wait']:.2f} % of the second epoch"
+        )
         files = common.load_splits(photographs, "", None, torch.device("cpu"), stream=True)[0]
         crop = [(2, [common.RandomResizedCrop(size)])]
         for step, _, _ in common.batches(files, crop, 64, 0, 0, 60):
@@ -183,20 +210,46 @@ def negatives(folder: str) -> None:
     """A table of moco.py by queue and simclr.py by batch, and what 65,536 would cost SimCLR."""
     scripts = Path(__file__).resolve().parent.parent
     rows = []
-    for script, flag, values in (("moco", "--queue-size", (1024, 4096, 16384, 65536)),
-                                 ("simclr", "--batch-size", (64, 128, 256, 512, 1024))):
+    for script, flag, values in (
+        ("moco", "--queue-size", (1024, 4096, 16384, 65536)),
+        ("simclr", "--batch-size", (64, 128, 256, 512, 1024)),
+    ):
         for value in values:
             out = f"{folder}/{script}{value}"
-            child = subprocess.Popen([
-                sys.executable, scripts / f"{script}.py", "--data", f"{folder}/images", "--stem",
-                "7x7", "--epochs", "2", "--limit", "2048", "--warmup-epochs", "0", "--out", out,
-                flag, str(value)], stdout=subprocess.DEVNULL)
+            child = subprocess.Popen(
+                [
+                    sys.executable,
+                    scripts / f"{script}.py",
+                    "--data",
+                    f"{folder}/images",
+                    "--stem",
+                    "7x7",
+                    "--epochs",
+                    "2",
+                    "--limit",
+                    "2048",
+                    "--warmup-epochs",
+                    "0",
+                    "--out",
+                    out,
+                    flag,
+                    str(value),
+                ],
+                stdout=subprocess.DEVNULL,
+            )
             _, status, usage = os.wait4(child.pid, 0)
             assert status == 0
             last = json.loads(Path(out, "metrics.jsonl").read_text().splitlines()[-1])
             batch = value if script == "simclr" else 256
-            rows.append([script, batch, value if script == "moco" else 2 * value - 2,
-                         batch / last["images_per_s"], usage.ru_maxrss / 2**20])
+            rows.append(
+                [
+                    script,
+                    batch,
+                    value if script == "moco" else 2 * value - 2,
+                    batch / last["images_per_s"],
+                    usage.ru_maxrss / 2**20,
+                ]
+            )
     (*_, s1, m1), (*_, s2, m2) = rows[-2:]  # linear in the batch from 512 to 1,024
     more = (32768 - 1024) / 512
     s, m = s2 + more * (s2 - s1), m2 + more * (m2 - m1)
@@ -206,12 +259,17 @@ def negatives(folder: str) -> None:
 
 
 def rounding(folder: str) -> None:
-    memory, files = (common.load_splits(folder, "", 256, torch.device("cpu"), 2, stream)[0]
-                     for stream in (False, True))
+    memory, files = (
+        common.load_splits(folder, "", 256, torch.device("cpu"), 2, stream)[0]
+        for stream in (False, True)
+    )
     for names in (["crop"], ["crop", "color", "gray"]):
         recipe, worst = [(2, simclr.augmentation(names, 32, 0.08, 0.5))], 0.0
-        pairs = zip(common.batches(memory, recipe, 256, 0, 0, 1),
-                    common.batches(files, recipe, 256, 0, 0, 1), strict=True)
+        pairs = zip(
+            common.batches(memory, recipe, 256, 0, 0, 1),
+            common.batches(files, recipe, 256, 0, 0, 1),
+            strict=True,
+        )
         for (*_, (a,)), (*_, (b,)) in pairs:
             worst = max(worst, 255 * (a - b).abs().max().item())
         print(f"memory and files, {' '.join(names)}: at most {worst:.2f} grey levels apart")
@@ -233,8 +291,18 @@ if __name__ == "__main__":
             negatives(folder)
             sys.exit()
         for script in [s for s in WORK if args.only in (None, s.__name__)]:
-            argv = ["--data", f"{folder}/images", "--out", f"{folder}/{script.__name__}", "--stem",
-                    "7x7", "--batch-size", "256", "--epochs", "1"]
+            argv = [
+                "--data",
+                f"{folder}/images",
+                "--out",
+                f"{folder}/{script.__name__}",
+                "--stem",
+                "7x7",
+                "--batch-size",
+                "256",
+                "--epochs",
+                "1",
+            ]
             argv += ["--queue-start", "0"] if script is swav else []
             end_to_end(script, argv, 256, turns)
         if args.only:

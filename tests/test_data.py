@@ -64,8 +64,14 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - began
 print([faults() for _ in range(6)][-1])"""
     environment = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
-                         check=True, cwd=Path(common.__file__).parent, env=environment)
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(common.__file__).parent,
+        env=environment,
+    )
     assert int(run.stdout) < 100  # pages, usually of 4 KiB
 
 
@@ -77,9 +83,11 @@ def write_idx(folder, name, count):
         images = np.repeat(np.arange(count, dtype=np.uint8), 784)
         labels = (np.arange(count) % 10).astype(np.uint8)
         (raw / f"{part}-images-idx3-ubyte").write_bytes(
-            np.array([0x803, count, 28, 28], ">i4").tobytes() + images.tobytes())
+            np.array([0x803, count, 28, 28], ">i4").tobytes() + images.tobytes()
+        )
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(
-            np.array([0x801, count], ">i4").tobytes() + labels.tobytes())
+            np.array([0x801, count], ">i4").tobytes() + labels.tobytes()
+        )
 
 
 @pytest.mark.parametrize(("data", "name"), [("mnist", "MNIST"), ("fashionmnist", "FashionMNIST")])
@@ -187,8 +195,10 @@ def test_bad_folders_are_refused_in_one_line(tmp_path, capsys):
     fails(capsys, folder, "both/0.png", "8 bits")
 
 
-RECIPES = [(2, [RandomResizedCrop(8), RandomApply(ColorJitter(0.4, 0.4, 0.4, 0.1), 0.8)]),
-           (3, [RandomResizedCrop(6)])]
+RECIPES = [
+    (2, [RandomResizedCrop(8), RandomApply(ColorJitter(0.4, 0.4, 0.4, 0.1), 0.8)]),
+    (3, [RandomResizedCrop(6)]),
+]
 
 
 def test_batches_cover_an_epoch_in_an_order_of_its_own(folder):

@@ -24,8 +24,18 @@ def folder(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("few") / "stripes", 9)
 
 
-SMALL = ["--epochs", "4", "--neighbours", "2", "--batch-size", "9", "--workers", "1",
-         "--eval-every", "2"]  # 54 pairs: 6 steps an epoch
+SMALL = [
+    "--epochs",
+    "4",
+    "--neighbours",
+    "2",
+    "--batch-size",
+    "9",
+    "--workers",
+    "1",
+    "--eval-every",
+    "2",
+]  # 54 pairs: 6 steps an epoch
 
 
 def arguments(folder, out, *more):
@@ -69,13 +79,15 @@ def test_the_loss_and_its_gradients_are_those_of_equation_4(N, D, margin, kind):
     Y = torch.arange(N) % 2
     ours, slow = contrastive_loss(g1, g2, Y.to(kind), margin), slow_loss(g1, g2, Y, margin)
     torch.testing.assert_close(ours, slow, rtol=1e-12, atol=1e-12)
-    for mine, theirs in zip(torch.autograd.grad(ours, (g1, g2)),
-                            torch.autograd.grad(slow, (g1, g2)), strict=True):
+    for mine, theirs in zip(
+        torch.autograd.grad(ours, (g1, g2)), torch.autograd.grad(slow, (g1, g2)), strict=True
+    ):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize(("D", "Y", "value"), [
-    (0, 0, 0), (1, 0, 0.5), (0.5, 1, 0.28125), (5, 1, 0)])
+@pytest.mark.parametrize(
+    ("D", "Y", "value"), [(0, 0, 0), (1, 0, 0.5), (0.5, 1, 0.28125), (5, 1, 0)]
+)
 def test_vectors_at_margin_1_25(D, Y, value):
     g1, g2 = torch.zeros(2, 1, 2, dtype=torch.float64)
     g1 += torch.tensor([0.6 * D, -0.8 * D], dtype=torch.float64)
@@ -137,8 +149,9 @@ def test_similar_pairs_are_the_edges_and_no_neighbour_is_ever_dissimilar():
         for a, b in pairs[6:].tolist():
             assert a != b and (a, b) not in known and (b, a) not in known
             seen.add(frozenset((a, b)))
-    assert len(seen) == sum((a, b) not in known and (b, a) not in known
-                            for a in range(12) for b in range(a))  # each of them, at some time
+    assert len(seen) == sum(
+        (a, b) not in known and (b, a) not in known for a in range(12) for b in range(a)
+    )  # each of them, at some time
 
 
 def test_copies_of_an_image_and_of_its_neighbours_are_similar_in_all_shifts():
@@ -180,8 +193,9 @@ def test_pairs_are_drawn_in_the_stated_ratio(ratio):
 
 
 @pytest.mark.parametrize("graph", ["neighbours", "shifts", "labels"])
-def test_an_epoch_passes_each_similar_pair_once_and_runs_use_their_graph(graph, folder, tmp_path,
-                                                                         monkeypatch):
+def test_an_epoch_passes_each_similar_pair_once_and_runs_use_their_graph(
+    graph, folder, tmp_path, monkeypatch
+):
     calls, real = [], draw_pairs
     monkeypatch.setattr(drlim, "draw_pairs", lambda *a: calls.append(a) or real(*a))
     run(folder, tmp_path / "run", "--graph", graph, "--epochs", 2)
@@ -209,11 +223,15 @@ def test_the_network_is_the_papers():
         module.register_forward_hook(lambda m, _, y: shapes.append((type(m), *y.shape[1:])))
     assert net(torch.rand(2, 1, 32, 32)).shape == (2, 30) and net.width == 30
     assert [s for s in shapes if s[0] in (nn.Conv2d, nn.AvgPool2d)] == [
-        (nn.Conv2d, 15, 27, 27), (nn.AvgPool2d, 15, 9, 9), (nn.Conv2d, 30, 1, 1)]
+        (nn.Conv2d, 15, 27, 27),
+        (nn.AvgPool2d, 15, 9, 9),
+        (nn.Conv2d, 30, 1, 1),
+    ]
 
 
 def test_the_network_sees_grey_images_in_the_middle_of_32_pixels_and_their_copies_shifted(
-        folder, tmp_path, monkeypatch):
+    folder, tmp_path, monkeypatch
+):
     seen, real = [], drlim.paper_network
 
     def network():
@@ -258,15 +276,29 @@ def test_thumbnails_lie_at_their_places_in_the_frame_of_their_kind():
 
 def test_a_run_leaves_its_numbers_and_map_whose_accuracy_follows_from_it(plain, folder):
     assert {path.name for path in plain.iterdir()} == {
-        "config.json", "metrics.jsonl", "checkpoint.pt", "map.png", "map.npz", "results.json"}
+        "config.json",
+        "metrics.jsonl",
+        "checkpoint.pt",
+        "map.png",
+        "map.npz",
+        "results.json",
+    }
     rows, table = metrics(plain), json.loads((plain / "results.json").read_text())
     assert [(row["epoch"], row["step"]) for row in rows] == [(i, 6 * i) for i in (1, 2, 3, 4)]
     assert ["5-NN" in row for row in rows] == [False, True, False, True]
     assert [row["features"] for row in table] == ["DrLIM, 2-D", "PCA, 2-D", "pixels, 1024-D"]
     with np.load(plain / "map.npz") as file:
-        g, y, i, bank, labels, numbers = (torch.from_numpy(file[name]) for name in (
-            "coordinates", "labels", "indices", "train_coordinates", "train_labels",
-            "train_indices"))
+        g, y, i, bank, labels, numbers = (
+            torch.from_numpy(file[name])
+            for name in (
+                "coordinates",
+                "labels",
+                "indices",
+                "train_coordinates",
+                "train_labels",
+                "train_indices",
+            )
+        )
     assert g.shape == (18, 2) and torch.equal(i, torch.arange(18)) and len(numbers) == 27
     votes = [labels[(bank - row).norm(dim=1).argsort()[:5]].bincount(minlength=3) for row in g]
     hits = torch.stack(votes).argmax(1) == y
@@ -275,20 +307,24 @@ def test_a_run_leaves_its_numbers_and_map_whose_accuracy_follows_from_it(plain, 
     values = torch.linalg.svdvals(g - g.mean(0))
     assert table[0]["flatness"] == pytest.approx((values[1] / values[0]).item())
     assert Image.open(plain / "map.png").size == (2006, 1004)
-    x, x_test = (v.images.double().mean(1).flatten(1) / 255 for v in common.load_splits(
-        str(folder), "", None, torch.device("cpu"), 1)[1:])
+    x, x_test = (
+        v.images.double().mean(1).flatten(1) / 255
+        for v in common.load_splits(str(folder), "", None, torch.device("cpu"), 1)[1:]
+    )
     votes = [labels[(x - row).norm(dim=1).argsort()[:5]].bincount(minlength=3) for row in x_test]
     hits = torch.stack(votes).argmax(1) == y
     assert 100 * hits.double().mean().item() == pytest.approx(table[2]["5-NN"])
     axes = torch.linalg.svd(x - x.mean(0), full_matrices=False)[2][:2].T
-    votes = [labels[((x - row) @ axes).norm(dim=1).argsort()[:5]].bincount(minlength=3)
-             for row in x_test]
+    votes = [
+        labels[((x - row) @ axes).norm(dim=1).argsort()[:5]].bincount(minlength=3) for row in x_test
+    ]
     hits = torch.stack(votes).argmax(1) == y
     assert 100 * hits.double().mean().item() == pytest.approx(table[1]["5-NN"])
 
 
-def test_chance_is_the_loss_of_a_map_that_is_one_point_and_is_warned_of(folder, tmp_path,
-                                                                       monkeypatch, capsys):
+def test_chance_is_the_loss_of_a_map_that_is_one_point_and_is_warned_of(
+    folder, tmp_path, monkeypatch, capsys
+):
     real = drlim.gather
     monkeypatch.setattr(drlim, "gather", lambda z, a: 0 * real(z, a))
     for ratio in (0.01, 0.3, 2):  # of 9 pairs: 1 (at least), 3, 18 dissimilar
@@ -304,8 +340,9 @@ def test_a_small_margin_is_no_collapse(folder, tmp_path, capsys):
 
 # ------------------------------------------------------------------------------------------- runs
 def test_training_separates_what_the_graph_separates(folder, tmp_path, capsys):
-    out = run(folder, tmp_path / "run", "--graph", "labels", "--epochs", 30, "--lr", 0.01,
-              "--ratio", 1)
+    out = run(
+        folder, tmp_path / "run", "--graph", "labels", "--epochs", 30, "--lr", 0.01, "--ratio", 1
+    )
     rows = metrics(out)
     assert rows[-1]["loss"] < 0.2 * rows[0]["loss"] and "warning" not in capsys.readouterr().out
     assert rows[-1]["lr"] < 1e-4 < 0.009 < rows[0]["lr"]
@@ -338,15 +375,27 @@ def test_an_interrupted_run_ends_bit_identical(folder, tmp_path, number):
         assert torch.equal(a["exp_avg"], b["exp_avg"]) and torch.equal(a["step"], b["step"])
     for a, b in zip(metrics(whole), metrics(out), strict=True):
         assert {k: v for k, v in a.items() if k not in ("images_per_s", "minutes_left")} == {
-            k: v for k, v in b.items() if k not in ("images_per_s", "minutes_left")}
+            k: v for k, v in b.items() if k not in ("images_per_s", "minutes_left")
+        }
     assert (whole / "results.json").read_text() == (out / "results.json").read_text()
 
 
 def test_each_flag_changes_the_result(plain, folder, tmp_path):
-    changes = [["--seed", 1], ["--lr", 0.01], ["--margin", 3], ["--ratio", 2], ["--neighbours", 3],
-               ["--batch-size", 6], ["--epochs", 3], ["--graph", "labels"], ["--graph", "shifts"],
-               ["--shifts", 1], ["--classes", "along", "both"], ["--per-class", 6],
-               ["--image-size", 10]]
+    changes = [
+        ["--seed", 1],
+        ["--lr", 0.01],
+        ["--margin", 3],
+        ["--ratio", 2],
+        ["--neighbours", 3],
+        ["--batch-size", 6],
+        ["--epochs", 3],
+        ["--graph", "labels"],
+        ["--graph", "shifts"],
+        ["--shifts", 1],
+        ["--classes", "along", "both"],
+        ["--per-class", 6],
+        ["--image-size", 10],
+    ]
     for i, more in enumerate(changes):
         assert not same_weights(run(folder, tmp_path / str(i), *more), plain), more
     for i, more in enumerate([["--eval-every", 3], ["--workers", 2], ["--root", "elsewhere"]]):
@@ -393,14 +442,33 @@ def test_ranks_are_shown_where_there_are_copies(folder, tmp_path):
         assert metrics(out)[-1]["rank"] == rank
 
 
-@pytest.mark.parametrize("more", [
-    ["--margin", "0"], ["--margin", "nan"], ["--ratio", "0"], ["--epochs", "0"], ["--dim", "0"],
-    ["--classes", "7"], ["--classes", "nowhere"], ["--neighbours", "26"], ["--batch-size", "55"],
-    ["--graph", "labels", "--classes", "0"], ["--graph", "labels", "--classes", "0", "across"],
-    ["--batch-size", "1"], ["--image-size", "1"], ["--graph", "labels", "--neighbours", "9"],
-    ["--image-size", "33"], ["--shifts", "12"], ["--lr", "-1"], ["--seed", "-1"],
-    ["--data", "cifar11"], ["--arch", "vgg"], ["--epoch", "3"],
-], ids="".join)
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--margin", "0"],
+        ["--margin", "nan"],
+        ["--ratio", "0"],
+        ["--epochs", "0"],
+        ["--dim", "0"],
+        ["--classes", "7"],
+        ["--classes", "nowhere"],
+        ["--neighbours", "26"],
+        ["--batch-size", "55"],
+        ["--graph", "labels", "--classes", "0"],
+        ["--graph", "labels", "--classes", "0", "across"],
+        ["--batch-size", "1"],
+        ["--image-size", "1"],
+        ["--graph", "labels", "--neighbours", "9"],
+        ["--image-size", "33"],
+        ["--shifts", "12"],
+        ["--lr", "-1"],
+        ["--seed", "-1"],
+        ["--data", "cifar11"],
+        ["--arch", "vgg"],
+        ["--epoch", "3"],
+    ],
+    ids="".join,
+)
 def test_bad_input_is_refused_in_one_line_before_training(folder, tmp_path, capsys, more):
     error = refused(capsys, drlim.main, arguments(folder, tmp_path / "run", *more))
     assert more[0] in error or more[1] in error
@@ -422,8 +490,9 @@ def test_other_settings_a_damaged_run_and_other_files_are_refused(plain, tmp_pat
     assert "no folder of a run" in refused(capsys, drlim.main, arguments(folder, out))
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(folder, tmp_path, monkeypatch,
-                                                                  capsys):
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
+    folder, tmp_path, monkeypatch, capsys
+):
     calls, real = [], contrastive_loss
 
     def breaks(*args):  # in epoch 3
@@ -438,8 +507,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(folder, tmp_pa
     assert state["step"] == 12 and all(v.isfinite().all() for v in state["model"].values())
 
 
-def test_a_set_that_does_not_fit_and_a_map_that_is_not_finite_are_one_line(folder, tmp_path, capsys,
-                                                                           monkeypatch):
+def test_a_set_that_does_not_fit_and_a_map_that_is_not_finite_are_one_line(
+    folder, tmp_path, capsys, monkeypatch
+):
     with pytest.raises(SystemExit) as exit_:
         run(folder, tmp_path / "run", "--lr", 1e18, "--batch-size", 54, "--eval-every", 1)
     assert exit_.value.code == 2 and "not finite" in capsys.readouterr().err
@@ -461,10 +531,26 @@ def test_bfloat16_trains_float32_weights(plain, folder, tmp_path, monkeypatch):
 
 
 def test_fours_and_nines_lie_apart_without_a_label(shared, tmp_path):
-    subprocess.run(["bash", shared / "unpack.sh", tmp_path / "data"], check=True,
-                   capture_output=True)
+    subprocess.run(
+        ["bash", shared / "unpack.sh", tmp_path / "data"], check=True, capture_output=True
+    )
     out = tmp_path / "run"
-    drlim.main(["--data", "mnist", "--root", str(tmp_path / "data"), "--classes", "4", "9",
-                "--per-class", "2000", "--epochs", "6", "--out", str(out)])
+    drlim.main(
+        [
+            "--data",
+            "mnist",
+            "--root",
+            str(tmp_path / "data"),
+            "--classes",
+            "4",
+            "9",
+            "--per-class",
+            "2000",
+            "--epochs",
+            "6",
+            "--out",
+            str(out),
+        ]
+    )
     drl, pca, pixels = json.loads((out / "results.json").read_text())
     assert drl["5-NN"] > 75 > 70 > pca["5-NN"] and drl["flatness"] > 0.2 and pixels["5-NN"] > 95

@@ -128,9 +128,15 @@ def test_top_k_accuracy():
     assert [round(common.accuracy(scores, labels, k), 2) for k in (1, 3, 5)] == [33.33, 100, 100]
 
 
-@pytest.mark.parametrize(("architecture", "width"), [
-    ("small", 256), ("resnet18", 512), ("resnet34", 512), ("resnet50", 2048),
-])
+@pytest.mark.parametrize(
+    ("architecture", "width"),
+    [
+        ("small", 256),
+        ("resnet18", 512),
+        ("resnet34", 512),
+        ("resnet50", 2048),
+    ],
+)
 def test_encoders_give_features_of_their_width(architecture, width):
     encoder = common.build_encoder(architecture, "3x3")
     assert encoder.width == width and encoder(torch.rand(2, 3, 32, 32)).shape == (2, width)
@@ -233,5 +239,7 @@ def test_generator_keys_do_not_collide():
     keys = [(1, 2), (1, 2, 0), (2, 1), (1,), (1, 0), (0, 1, 2)]
     draws = {tuple(torch.rand(2, generator=generator(*key)).tolist()) for key in keys}
     assert len(draws) == len(keys)
-    assert np.isclose(torch.rand(1, generator=generator(1, 2)).item(),
-                      torch.rand(1, generator=generator(1, 2)).item())
+    assert np.isclose(
+        torch.rand(1, generator=generator(1, 2)).item(),
+        torch.rand(1, generator=generator(1, 2)).item(),
+    )

@@ -98,8 +98,17 @@ def test_results_are_added_and_pictures_framed(encoder):
 
 def test_features_are_written(encoder, folder, tmp_path, capsys):
     path = tmp_path / "features.npz"
-    argv = [str(encoder), "--protocol", "knn", "--features", str(path), "--limit", "20",
-            "--knn-k", "5"]
+    argv = [
+        str(encoder),
+        "--protocol",
+        "knn",
+        "--features",
+        str(path),
+        "--limit",
+        "20",
+        "--knn-k",
+        "5",
+    ]
     main(argv)
     with np.load(path) as arrays:
         assert arrays["train"].shape == (20, 256) and arrays["test"].shape == (18, 256)
@@ -109,8 +118,17 @@ def test_features_are_written(encoder, folder, tmp_path, capsys):
 
 
 def test_a_random_encoder_is_drawn_anew_for_every_seed(folder, tmp_path):
-    argv = ["random", "--arch", "small", "--data", str(folder), "--out", str(tmp_path / "a"),
-            "--seeds", "4"]
+    argv = [
+        "random",
+        "--arch",
+        "small",
+        "--data",
+        str(folder),
+        "--out",
+        str(tmp_path / "a"),
+        "--seeds",
+        "4",
+    ]
     main(argv)
     runs = json.loads((tmp_path / "a" / "eval.json").read_text())[0]["runs"]
     assert len({run["top-1"] for run in runs}) > 1
@@ -124,8 +142,23 @@ def test_stem_size_root_batch_and_workers(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "build_encoder", lambda *a: built.append(a) or build(*a))
     monkeypatch.setattr(common, "extract_features", lambda *a: sizes.append(a[2:]) or extract(*a))
     monkeypatch.chdir(tmp_path)
-    argv = ["random", "--data", str(folder), "--protocol", "knn", "--seeds", "1", "--workers", "2",
-            "--root", "nowhere", "--batch-size", "10", "--image-size", "66"]
+    argv = [
+        "random",
+        "--data",
+        str(folder),
+        "--protocol",
+        "knn",
+        "--seeds",
+        "1",
+        "--workers",
+        "2",
+        "--root",
+        "nowhere",
+        "--batch-size",
+        "10",
+        "--image-size",
+        "66",
+    ]
     main(argv)
     main([*argv, "--image-size", "16"])
     main([*argv, "--image-size", "16", "--stem", "7x7"])
@@ -150,16 +183,36 @@ def test_an_encoder_that_changes_is_noticed(folder, tmp_path, monkeypatch):
         main(["random", "--data", str(folder), "--out", str(tmp_path / "out"), "--seeds", "1"])
 
 
-@pytest.mark.parametrize("more", [
-    ["--knn-k", "49", "--protocol", "knn"], ["--knn-k", "0"], ["--knn-temperature", "0"],
-    ["--batch-size", "1", "--protocol", "finetune"], ["--labels", "17"], ["--labels", "0"],
-    ["--labels", "1.5"], ["--labels", "many"],
-    ["--seeds", "0"], ["--limit", "-1"], ["--features", "nowhere/f.npz"],
-    ["--image-size", "0"], ["--batch-size", "0"], ["--workers", "0"], ["--data", "cifar11"],
-    ["--protocol", "guess"], ["--arch", "vgg"], ["--stem", "5x5"], ["--seed", "1"],
-    ["--recipe", "byol"], ["--epochs", "0"], ["--lr", "nan"], ["--normalize", "mnist"],
-    ["--features", "f.npz", "--protocol", "finetune"],
-], ids=lambda more: "".join(more))
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--knn-k", "49", "--protocol", "knn"],
+        ["--knn-k", "0"],
+        ["--knn-temperature", "0"],
+        ["--batch-size", "1", "--protocol", "finetune"],
+        ["--labels", "17"],
+        ["--labels", "0"],
+        ["--labels", "1.5"],
+        ["--labels", "many"],
+        ["--seeds", "0"],
+        ["--limit", "-1"],
+        ["--features", "nowhere/f.npz"],
+        ["--image-size", "0"],
+        ["--batch-size", "0"],
+        ["--workers", "0"],
+        ["--data", "cifar11"],
+        ["--protocol", "guess"],
+        ["--arch", "vgg"],
+        ["--stem", "5x5"],
+        ["--seed", "1"],
+        ["--recipe", "byol"],
+        ["--epochs", "0"],
+        ["--lr", "nan"],
+        ["--normalize", "mnist"],
+        ["--features", "f.npz", "--protocol", "finetune"],
+    ],
+    ids=lambda more: "".join(more),
+)
 def test_bad_flags_are_refused_in_one_line(encoder, capsys, more):
     error = refused(capsys, main, [encoder, *more])
     assert more[0] in error or more[1] in error
@@ -181,8 +234,11 @@ def test_bad_files_are_refused_in_one_line(encoder, folder, tmp_path, capsys):
 # --------------------------------------------------------------------- training on crops and flips
 def stripes(folder, labels=None):
     bank = common.load_splits(str(folder), "nowhere", None, torch.device("cpu"), 1)[1]
-    return bank if labels is None else bank.take(common.some_of_each(bank.labels, labels,
-                                                                      common.generator(0)))
+    return (
+        bank
+        if labels is None
+        else bank.take(common.some_of_each(bank.labels, labels, common.generator(0)))
+    )
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -206,15 +262,21 @@ def test_linear_augmented_is_the_recipes_sgd_on_crops_and_flips(folder, name):
     crop, steps = common.RandomResizedCrop(12, (0.08, 1.0), flip=0.5), 4 * 3
     for step in range(steps):
         index, (((u, flip),),) = common.draw(48, [(1, [crop])], 16, 5, torch.arange(16), step)
-        x = torch.stack([TF.resized_crop(image / 255, *box, [12, 12], antialias=True)
-                         for image, box in zip(data.images[index], crop.boxes(u, 12, 12).tolist(),
-                                               strict=True)])
+        x = torch.stack(
+            [
+                TF.resized_crop(image / 255, *box, [12, 12], antialias=True)
+                for image, box in zip(
+                    data.images[index], crop.boxes(u, 12, 12).tolist(), strict=True
+                )
+            ]
+        )
         x = torch.where(flip[:, None, None, None], x.flip(3), x)
         h = encoder.eval()(x).detach()
         p = (h @ w[0].T + w[1]).softmax(1) - nn.functional.one_hot(data.labels[index], 3)
-        rate = {"moco": 0.1 ** sum(step >= round(d * steps) for d in (0.6, 0.8)),
-                "supcon": 0.2 ** sum(step >= round(d * steps) for d in (0.6, 0.75, 0.9))}.get(
-            name, 0.5 + 0.5 * np.cos(np.pi * step / steps)) * recipe.lr
+        rate = {
+            "moco": 0.1 ** sum(step >= round(d * steps) for d in (0.6, 0.8)),
+            "supcon": 0.2 ** sum(step >= round(d * steps) for d in (0.6, 0.75, 0.9)),
+        }.get(name, 0.5 + 0.5 * np.cos(np.pi * step / steps)) * recipe.lr
         for i, g in enumerate((p.T @ h / 16, p.mean(0))):
             g = g + {"swav": 1e-2}.get(name, 0) * w[i]
             v[i] = 0.9 * v[i] + g
@@ -226,8 +288,11 @@ def test_linear_augmented_is_the_recipes_sgd_on_crops_and_flips(folder, name):
 
 def test_recipes_are_the_papers():
     assert {k: v[:5] for k, v in RECIPES.items()} == {
-        "moco": (30, 256, 100, 0, False), "swav": (0.3, 256, 100, 1e-6, False),
-        "simclr": (0.1, 256, 90, 0, True), "supcon": (5, 512, 100, 0, False)}
+        "moco": (30, 256, 100, 0, False),
+        "swav": (0.3, 256, 100, 1e-6, False),
+        "simclr": (0.1, 256, 90, 0, True),
+        "supcon": (5, 512, 100, 0, False),
+    }
     assert FINETUNE[:5] == (0.05, 256, 30, 0, True) and not FINETUNE.drops
 
 
@@ -251,8 +316,25 @@ def test_finetuning_trains_every_weight_and_leaves_the_pretrained_ones(encoder, 
 def test_finetuning_learns(folder, tmp_path):
     folder = write_folder(tmp_path / "set", 60, 40)
     out = tmp_path / "out"
-    main(["random", "--arch", "small", "--data", str(folder), "--protocol", "finetune", "--lr",
-          "0.2", "--epochs", "30", "--batch-size", "30", "--out", str(out)])
+    main(
+        [
+            "random",
+            "--arch",
+            "small",
+            "--data",
+            str(folder),
+            "--protocol",
+            "finetune",
+            "--lr",
+            "0.2",
+            "--epochs",
+            "30",
+            "--batch-size",
+            "30",
+            "--out",
+            str(out),
+        ]
+    )
     assert json.loads((out / "eval.json").read_text())[0]["top-1"] > 60
 
 
@@ -260,10 +342,14 @@ def test_rate_and_epochs_follow_batch_and_labels(encoder, capsys):
     for more, expected in [
         (["finetune", "--labels", "3"], "finetune, rate 0.001758, 500 epochs of 9, 3 labels"),
         (["finetune", "--limit", "40", "--epochs", "7"], "rate 0.007812, 7 epochs of 40,"),
-        (["linear-augmented", "--recipe", "supcon", "--batch-size", "16", "--epochs", "1"],
-         "linear-augmented, supcon, rate 0.1562, 1 epochs of 16, all labels,"),
-        (["linear-augmented", "--recipe", "moco", "--lr", "3", "--epochs", "2"],
-         "linear-augmented, moco, rate 3, 2 epochs of 48,"),
+        (
+            ["linear-augmented", "--recipe", "supcon", "--batch-size", "16", "--epochs", "1"],
+            "linear-augmented, supcon, rate 0.1562, 1 epochs of 16, all labels,",
+        ),
+        (
+            ["linear-augmented", "--recipe", "moco", "--lr", "3", "--epochs", "2"],
+            "linear-augmented, moco, rate 3, 2 epochs of 48,",
+        ),
         (["linear-augmented", "--epochs", "1"], "simclr, rate 0.01875, 1 epochs of 48,"),
     ]:
         main([str(encoder), "--protocol", *more])
@@ -278,8 +364,19 @@ def test_finetuning_is_as_long_as_simclrs_where_there_are_images(tmp_path, capsy
             for i in range(count):
                 pixels = torch.randint(256, (4, 4, 3), generator=rng, dtype=torch.uint8)
                 Image.fromarray(pixels.numpy()).save(tmp_path / "set" / split / name / f"{i}.png")
-    argv = ["random", "--arch", "small", "--data", str(tmp_path / "set"), "--protocol", "finetune",
-            "--out", str(tmp_path / "out"), "--batch-size", "2"]
+    argv = [
+        "random",
+        "--arch",
+        "small",
+        "--data",
+        str(tmp_path / "set"),
+        "--protocol",
+        "finetune",
+        "--out",
+        str(tmp_path / "out"),
+        "--batch-size",
+        "2",
+    ]
     main([*argv, "--labels", "0.07"])  # 42 images, 21 steps an epoch
     assert ", 30 epochs of 2, 0.07 labels a class" in capsys.readouterr().out
     main([*argv, "--labels", "0.04"])  # 24 images
@@ -324,14 +421,20 @@ def test_accuracies_by_class_are_those_of_the_predictions(encoder, folder):
     _, bank, test = common.load_splits(str(folder), "nowhere", None, torch.device("cpu"), 1)
     h, h_test = (common.extract_features(net, images, 12) for images in (bank, test))
     right = common.knn_predict(h, bank.labels, h_test, 5, 0.07).argmax(1) == test.labels
-    expected = {name: 100 * right[test.labels == i].float().mean().item()
-                for i, name in enumerate(("across", "along", "both"))}
+    expected = {
+        name: 100 * right[test.labels == i].float().mean().item()
+        for i, name in enumerate(("across", "along", "both"))
+    }
     assert result["per-class"] == pytest.approx(expected) and len(set(expected.values())) > 1
     assert result["top-1"] == pytest.approx(np.mean([*expected.values()]))
 
 
-PROTOCOLS = [["linear"], ["knn"], ["linear-augmented", "--epochs", "3", "--lr", "0.1"],
-             ["finetune", "--epochs", "3", "--lr", "0.1"]]
+PROTOCOLS = [
+    ["linear"],
+    ["knn"],
+    ["linear-augmented", "--epochs", "3", "--lr", "0.1"],
+    ["finetune", "--epochs", "3", "--lr", "0.1"],
+]
 
 
 def test_two_processes_give_exactly_the_accuracy_of_one(tmp_path):
@@ -343,15 +446,29 @@ def test_two_processes_give_exactly_the_accuracy_of_one(tmp_path):
         path = tmp_path / str(processes) / "encoder.safetensors"
         path.parent.mkdir()
         common.save_encoder(path, common.build_encoder("small"), **about)
-        running = [command("linear_eval.py", path, "--seeds", "2", "--batch-size", "12", "--out",
-                           path.parent / p[0], "--protocol", *p, processes=processes)
-                   for p in PROTOCOLS]
+        running = [
+            command(
+                "linear_eval.py",
+                path,
+                "--seeds",
+                "2",
+                "--batch-size",
+                "12",
+                "--out",
+                path.parent / p[0],
+                "--protocol",
+                *p,
+                processes=processes,
+            )
+            for p in PROTOCOLS
+        ]
         for process in running:
             code, _, err = finish(process)
             assert code == 0, err
     for protocol, *_ in PROTOCOLS:
-        one, two = (json.loads((tmp_path / n / protocol / "eval.json").read_text())[0]
-                    for n in ("1", "2"))
+        one, two = (
+            json.loads((tmp_path / n / protocol / "eval.json").read_text())[0] for n in ("1", "2")
+        )
         assert 20 < one["top-1"] < 80
         assert one["runs"] == two["runs"] and one["per-class"] == two["per-class"]
 
@@ -366,8 +483,11 @@ def test_progress_is_shown_on_a_terminal(encoder):
     argv = [encoder, "--protocol", "linear-augmented", "--epochs", "2"]
     terminal, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    process = subprocess.Popen([sys.executable, str(ROOT / "linear_eval.py"), *map(str, argv)],
-                               stdout=subprocess.DEVNULL, stderr=end)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "linear_eval.py"), *map(str, argv)],
+        stdout=subprocess.DEVNULL,
+        stderr=end,
+    )
     os.close(end)
     shown = b""
     while True:
@@ -400,27 +520,51 @@ def head(prefix, *shapes):
 OWN, TWIN = resnet(), resnet(seed=2)
 SMALL_STEM = resnet(stem="3x3")
 FILES = {
-    "MoCo": {"epoch": 3, "arch": "resnet18", "optimizer": {
-                "state": {0: {"momentum_buffer": torch.rand(3)}}, "param_groups": [{"lr": 0.03}]},
-             "state_dict": named(TWIN, "module.encoder_k.") | head("module.encoder_k.fc.", (8, 512))
-             | named(OWN, "module.encoder_q.") | head("module.encoder_q.fc.", (8, 512))
-             | {"module.queue": torch.rand(8, 16), "module.queue_ptr": torch.zeros(1)}},
-    "MoCo v3": {"state_dict": named(TWIN, "module.momentum_encoder.")
-                | named(OWN, "module.base_encoder.") | head("module.base_encoder.fc.", (8, 512))
-                | head("module.predictor.", (8, 8)), "scaler": {"scale": 65536.0}},
-    "SwAV": named(OWN, "module.") | head("module.projection_head.", (8, 512))
-            | {"module.prototypes.weight": torch.rand(5, 8)},
-    "SupContrast": {"opt": argparse.Namespace(temp=0.07, model="resnet18"), "epoch": 1, "model":
-                    named(SMALL_STEM, "encoder.module.", ("downsample", "shortcut"))
-                    | head("head.", (512, 512), (128, 512))},
-    "SimCLR port": {"arch": "resnet18", "state_dict": named(OWN, "backbone.")
-                    | head("backbone.fc.", (512, 512), (128, 512))},
-    "DINO": {"student": named(TWIN, "module.backbone.") | head("module.head.mlp.", (8, 512)),
-             "teacher": named(OWN, "backbone.") | head("head.mlp.", (8, 512)), "epoch": 2,
-             "args": argparse.Namespace(arch="resnet18")},
-    "Barlow Twins": {"epoch": 9, "model": named(OWN, "module.backbone.")
-                     | head("module.projector.", (8, 512)) | {"module.bn.running_mean":
-                                                              torch.rand(8)}},
+    "MoCo": {
+        "epoch": 3,
+        "arch": "resnet18",
+        "optimizer": {
+            "state": {0: {"momentum_buffer": torch.rand(3)}},
+            "param_groups": [{"lr": 0.03}],
+        },
+        "state_dict": named(TWIN, "module.encoder_k.")
+        | head("module.encoder_k.fc.", (8, 512))
+        | named(OWN, "module.encoder_q.")
+        | head("module.encoder_q.fc.", (8, 512))
+        | {"module.queue": torch.rand(8, 16), "module.queue_ptr": torch.zeros(1)},
+    },
+    "MoCo v3": {
+        "state_dict": named(TWIN, "module.momentum_encoder.")
+        | named(OWN, "module.base_encoder.")
+        | head("module.base_encoder.fc.", (8, 512))
+        | head("module.predictor.", (8, 8)),
+        "scaler": {"scale": 65536.0},
+    },
+    "SwAV": named(OWN, "module.")
+    | head("module.projection_head.", (8, 512))
+    | {"module.prototypes.weight": torch.rand(5, 8)},
+    "SupContrast": {
+        "opt": argparse.Namespace(temp=0.07, model="resnet18"),
+        "epoch": 1,
+        "model": named(SMALL_STEM, "encoder.module.", ("downsample", "shortcut"))
+        | head("head.", (512, 512), (128, 512)),
+    },
+    "SimCLR port": {
+        "arch": "resnet18",
+        "state_dict": named(OWN, "backbone.") | head("backbone.fc.", (512, 512), (128, 512)),
+    },
+    "DINO": {
+        "student": named(TWIN, "module.backbone.") | head("module.head.mlp.", (8, 512)),
+        "teacher": named(OWN, "backbone.") | head("head.mlp.", (8, 512)),
+        "epoch": 2,
+        "args": argparse.Namespace(arch="resnet18"),
+    },
+    "Barlow Twins": {
+        "epoch": 9,
+        "model": named(OWN, "module.backbone.")
+        | head("module.projector.", (8, 512))
+        | {"module.bn.running_mean": torch.rand(8)},
+    },
     "bare": OWN | {"fc.weight": torch.rand(1000, 512), "fc.bias": torch.rand(1000)},
     "compiled": {"model": named(OWN, "_orig_mod.module.encoder.")},
     "compiled within DDP": named(OWN, "module._orig_mod."),
@@ -456,9 +600,16 @@ def test_what_was_not_matched_is_said(tmp_path, capsys):
     assert "from model.encoder.; not used: nothing" in open_encoder(str(path))[2]
 
 
-@pytest.mark.parametrize(("architecture", "stem"), [
-    ("resnet34", "7x7"), ("resnet50", "3x3"), ("resnet50", "7x7"), ("resnet101", "7x7"),
-    ("wide_resnet50_2", "7x7")])
+@pytest.mark.parametrize(
+    ("architecture", "stem"),
+    [
+        ("resnet34", "7x7"),
+        ("resnet50", "3x3"),
+        ("resnet50", "7x7"),
+        ("resnet101", "7x7"),
+        ("wide_resnet50_2", "7x7"),
+    ],
+)
 def test_architecture_and_stem_are_read_off_the_shapes(tmp_path, architecture, stem):
     torch.save(named(resnet(architecture, stem), "module."), tmp_path / "a.pth")
     net, _, said = open_encoder(str(tmp_path / "a.pth"))
@@ -474,8 +625,20 @@ def test_foreign_safetensors(tmp_path):
 def test_foreign_encoders_are_evaluated_with_imagenets_statistics(tmp_path, folder, capsys):
     path = tmp_path / "checkpoint.pth"
     torch.save(FILES["SwAV"], path)
-    argv = [str(path), "--data", str(folder), "--protocol", "knn", "--seeds", "1", "--image-size",
-            "32", "--knn-k", "5", "--features"]
+    argv = [
+        str(path),
+        "--data",
+        str(folder),
+        "--protocol",
+        "knn",
+        "--seeds",
+        "1",
+        "--image-size",
+        "32",
+        "--knn-k",
+        "5",
+        "--features",
+    ]
     main([*argv, str(tmp_path / "a.npz")])
     printed = capsys.readouterr().out
     assert "resnet18, 7x7 stem" in printed and "prototypes" in printed and "imagenet" in printed

@@ -50,8 +50,11 @@ def test_info_nce_and_its_gradients_are_those_of_equation_1(N, D, K, T):
     q, k, queue = (unit(n, D).requires_grad_() for n in (N, N, K))
     ours, slow = info_nce(q, k, queue, T), slow_info_nce(q, k, queue, T)
     torch.testing.assert_close(ours, slow, rtol=1e-12, atol=1e-12)
-    for mine, theirs in zip(torch.autograd.grad(ours, (q, k, queue)),
-                            torch.autograd.grad(slow, (q, k, queue)), strict=True):
+    for mine, theirs in zip(
+        torch.autograd.grad(ours, (q, k, queue)),
+        torch.autograd.grad(slow, (q, k, queue)),
+        strict=True,
+    ):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
@@ -69,8 +72,10 @@ def test_info_nce_of_equal_logits_is_the_chance_that_a_run_shows(folder, tmp_pat
     assert chance == math.log(10)
 
 
-@pytest.mark.parametrize("shapes", [((3, 4), (2, 4), (5, 4)), ((3, 4), (3, 4), (5, 3)),
-                                    ((3, 4, 1), (3, 4, 1), (5, 4, 1))])
+@pytest.mark.parametrize(
+    "shapes",
+    [((3, 4), (2, 4), (5, 4)), ((3, 4), (3, 4), (5, 3)), ((3, 4, 1), (3, 4, 1), (5, 4, 1))],
+)
 def test_info_nce_refuses_other_shapes(shapes):
     with pytest.raises(ValueError, match="queue"):
         info_nce(*map(torch.rand, shapes), 0.1)
@@ -81,8 +86,9 @@ def test_momentum_update_moves_parameters_only_towards_the_queries():
     torch.manual_seed(0)
     queries, keys = (nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)) for _ in range(2))
     queries(torch.rand(2, 3, 4, 4))
-    expected = [0.9 * k + 0.1 * q for k, q in zip(keys.parameters(), queries.parameters(),
-                                                  strict=True)]
+    expected = [
+        0.9 * k + 0.1 * q for k, q in zip(keys.parameters(), queries.parameters(), strict=True)
+    ]
     buffers = [b.clone() for b in keys.buffers()]
     momentum_update(keys, queries, 0.9)
     torch.testing.assert_close([*keys.parameters()], [p.detach() for p in expected])
@@ -96,10 +102,38 @@ def test_keys_start_as_the_queries_and_follow_by_momentum(folder, tmp_path):
     for name, value in start.items():  # the first update moved them nowhere
         if name.endswith(("weight", "bias")):
             torch.testing.assert_close(first["keys"][f"0.{name}"], value)
-    second = checkpoint(run(folder, tmp_path / "b", "--max-steps", 2, "--key-momentum", 0.75,
-                            "--schedule", "steps", "--warmup-epochs", 0, "--optimizer", "sgd"))
-    first = checkpoint(run(folder, tmp_path / "c", "--max-steps", 1, "--key-momentum", 0.75,
-                           "--schedule", "steps", "--warmup-epochs", 0, "--optimizer", "sgd"))
+    second = checkpoint(
+        run(
+            folder,
+            tmp_path / "b",
+            "--max-steps",
+            2,
+            "--key-momentum",
+            0.75,
+            "--schedule",
+            "steps",
+            "--warmup-epochs",
+            0,
+            "--optimizer",
+            "sgd",
+        )
+    )
+    first = checkpoint(
+        run(
+            folder,
+            tmp_path / "c",
+            "--max-steps",
+            1,
+            "--key-momentum",
+            0.75,
+            "--schedule",
+            "steps",
+            "--warmup-epochs",
+            0,
+            "--optimizer",
+            "sgd",
+        )
+    )
     names = [name for name in first["model"] if name.endswith(("weight", "bias"))]
     assert any(name.startswith("1.") for name in names)  # the head, too
     for name in names:
@@ -109,8 +143,9 @@ def test_keys_start_as_the_queries_and_follow_by_momentum(folder, tmp_path):
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_keys_join_the_queue_after_the_logits_and_the_write_wraps(folder, tmp_path, monkeypatch,
-                                                                  symmetric):
+def test_keys_join_the_queue_after_the_logits_and_the_write_wraps(
+    folder, tmp_path, monkeypatch, symmetric
+):
     calls, real = [], moco.info_nce
 
     def noting(q, k, queue, temperature):
@@ -118,8 +153,9 @@ def test_keys_join_the_queue_after_the_logits_and_the_write_wraps(folder, tmp_pa
         return real(q, k, queue, temperature)
 
     monkeypatch.setattr(moco, "info_nce", noting)
-    out = run(folder, tmp_path / "run", "--queue-size", 10, "--max-steps", 4,
-              *["--symmetric"] * symmetric)
+    out = run(
+        folder, tmp_path / "run", "--queue-size", 10, "--max-steps", 4, *["--symmetric"] * symmetric
+    )
     n = 8 if symmetric else 4
     expected = calls[0][2].clone()  # random unit vectors
     torch.testing.assert_close(expected.norm(dim=1), torch.ones(10))
@@ -161,6 +197,7 @@ def test_split_batch_norm_is_batch_norm_of_each_part():
 
 class Recording(nn.Module):
     """An encoder that notes the batches it is trained on."""
+
     width, seen = 12, None
 
     def __init__(self):
@@ -177,15 +214,28 @@ class Recording(nn.Module):
 def test_a_keys_batch_norm_group_is_not_its_querys(folder, tmp_path, monkeypatch, symmetric):
     monkeypatch.setattr(common, "build_encoder", lambda *_, **__: Recording())
     monkeypatch.setattr(Recording, "seen", [])
-    run(folder, tmp_path / "run", "--batch-size", 24, "--bn-splits", 4, "--epochs", 3,
-        "--augment", "blur", *["--symmetric"] * symmetric)
+    run(
+        folder,
+        tmp_path / "run",
+        "--batch-size",
+        24,
+        "--bn-splits",
+        4,
+        "--epochs",
+        3,
+        "--augment",
+        "blur",
+        *["--symmetric"] * symmetric,
+    )
     data, _, _ = common.load_splits(str(folder), "", None, torch.device("cpu"), 1)
     images = data.images.float().div(255).flatten(1)
 
     def groups(x):  # of each of 24 images, the groups in which its views stand
         nearest = torch.cdist(x.flatten(1), images).argmin(1)
-        return [{int(g) for g in (nearest == i).nonzero()[:, 0] // (len(x) // 4)}
-                for i in nearest.unique()]
+        return [
+            {int(g) for g in (nearest == i).nonzero()[:, 0] // (len(x) // 4)}
+            for i in nearest.unique()
+        ]
 
     orders = []
     for (k, splits), (q, again) in zip(Recording.seen[0::2], Recording.seen[1::2], strict=False):
@@ -226,8 +276,9 @@ def test_versions_set_what_the_papers_did_and_flags_win():
     for v in (v1, v2):
         assert (v.lr, v.weight_decay, v.optimizer, v.key_momentum) == (0.03, 1e-4, "sgd", 0.999)
         assert (v.crop_scale, v.dim, v.batch_size, v.warmup_epochs) == (0.2, 128, 256, 0)
-    mixed = moco.parse_arguments(["--data", "cifar10", "--version", "v1", "--head-layers", "2",
-                                  "--batch-size", "512"])
+    mixed = moco.parse_arguments(
+        ["--data", "cifar10", "--version", "v1", "--head-layers", "2", "--batch-size", "512"]
+    )
     assert (mixed.head_layers, mixed.temperature, mixed.lr) == (2, 0.07, 0.06)
     bundled = moco.parse_arguments([])
     assert (bundled.arch, bundled.head_layers, bundled.schedule) == ("small", 2, "cosine")
@@ -236,13 +287,17 @@ def test_versions_set_what_the_papers_did_and_flags_win():
     assert (v1.arch, v1.head_layers, v1.temperature, v1.jitter[3]) == ("small", 1, 0.07, 0.4)
 
 
-@pytest.mark.parametrize(("version", "size", "operations"), [
-    ("v1", 80, [common.grayscale, common.ColorJitter]),
-    ("v2", 64, [common.ColorJitter, common.grayscale]),
-    ("v2", 80, [common.ColorJitter, common.grayscale, common.GaussianBlur]),
-])
-def test_a_run_takes_the_versions_operations_in_order(folder, tmp_path, monkeypatch, version, size,
-                                                      operations):
+@pytest.mark.parametrize(
+    ("version", "size", "operations"),
+    [
+        ("v1", 80, [common.grayscale, common.ColorJitter]),
+        ("v2", 64, [common.ColorJitter, common.grayscale]),
+        ("v2", 80, [common.ColorJitter, common.grayscale, common.GaussianBlur]),
+    ],
+)
+def test_a_run_takes_the_versions_operations_in_order(
+    folder, tmp_path, monkeypatch, version, size, operations
+):
     class SeenError(Exception):
         pass
 
@@ -252,7 +307,7 @@ def test_a_run_takes_the_versions_operations_in_order(folder, tmp_path, monkeypa
     monkeypatch.setattr(common, "batches", seeing)
     with pytest.raises(SeenError) as seen:
         run(folder, tmp_path / "run", "--version", version, "--image-size", size)
-    (count, (crop, *rest)), = seen.value.args[0]
+    ((count, (crop, *rest)),) = seen.value.args[0]
     assert (count, crop.size, crop.scale) == (2, size, (0.2, 1.0))
     kinds = [getattr(o.operation, "__name__", type(o.operation).__name__) for o in rest]
     assert kinds == [o.__name__ for o in operations]
@@ -260,14 +315,29 @@ def test_a_run_takes_the_versions_operations_in_order(folder, tmp_path, monkeypa
 
 @pytest.mark.parametrize("warned", [False, True])
 def test_a_collapsed_embedding_and_a_loss_at_chance_are_warned_of(folder, tmp_path, capsys, warned):
-    more = ["--queue-size", 10, "--key-momentum", 0.9, "--lr", 0.003, "--optimizer", "adamw",
-            "--augment", "crop", "--crop-scale", 0.8, "--epochs", 4]
+    more = [
+        "--queue-size",
+        10,
+        "--key-momentum",
+        0.9,
+        "--lr",
+        0.003,
+        "--optimizer",
+        "adamw",
+        "--augment",
+        "crop",
+        "--crop-scale",
+        0.8,
+        "--epochs",
+        4,
+    ]
     if warned:  # an encoder that gives nearly the same for everything
         encoder = common.build_encoder("small")
         nn.init.zeros_(encoder[4][1].weight)
         nn.init.ones_(encoder[4][1].bias)
-        common.save_encoder(tmp_path / "flat.safetensors", encoder, architecture="small",
-                            stem="3x3")
+        common.save_encoder(
+            tmp_path / "flat.safetensors", encoder, architecture="small", stem="3x3"
+        )
         more = ["--lr", 1e-12, "--init", tmp_path / "flat.safetensors", "--version", "v1"]
     run(folder, tmp_path / "run", *more)
     printed = capsys.readouterr().out
@@ -278,8 +348,12 @@ def test_a_collapsed_embedding_and_a_loss_at_chance_are_warned_of(folder, tmp_pa
 def test_augmentation_keeps_the_given_order():
     jitter = [0.4, 0.4, 0.4, 0.1, 0.8]
     crop, gray, color = augmentation(["crop", "gray", "color"], 32, 0.2, jitter)
-    assert (crop.scale, crop.flip, gray.operation, gray.p) == ((0.2, 1.0), 0.5, common.grayscale,
-                                                               0.2)
+    assert (crop.scale, crop.flip, gray.operation, gray.p) == (
+        (0.2, 1.0),
+        0.5,
+        common.grayscale,
+        0.2,
+    )
     assert (tuple(color.operation), color.p) == ((0.4, 0.4, 0.4, 0.1), 0.8)
     _, color, _, blur = augmentation(["color", "gray", "crop", "blur"], 224, 0.2, jitter)
     assert color.p == 0.8 and (tuple(blur.operation), blur.p) == ((23, (0.1, 2.0)), 0.5)
@@ -313,13 +387,26 @@ def test_the_default_queue_is_a_power_of_two_and_a_long_one_is_warned_of(folder,
     assert "--queue-size 14 is above half of the 27 images" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("more", [
-    ["--queue-size", "3"], ["--queue-size", "7", "--symmetric"], ["--bn-splits", "3"],
-    ["--bn-splits", "4"], ["--key-momentum", "1.5"], ["--jitter", "1", "1", "1", "1", "-1"],
-    ["--jitter", "nan", "1", "1", "0.5", "1"], ["--jitter", "1", "1", "1", "0.5", "1.5"],
-    ["--jitter", "1"], ["--version", "v3"], ["--schedule", "linear"], ["--augment", "rotate"],
-    ["--head-layers", "3"], ["--optimizer", "lars"],
-], ids=lambda more: "".join(more))
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--queue-size", "3"],
+        ["--queue-size", "7", "--symmetric"],
+        ["--bn-splits", "3"],
+        ["--bn-splits", "4"],
+        ["--key-momentum", "1.5"],
+        ["--jitter", "1", "1", "1", "1", "-1"],
+        ["--jitter", "nan", "1", "1", "0.5", "1"],
+        ["--jitter", "1", "1", "1", "0.5", "1.5"],
+        ["--jitter", "1"],
+        ["--version", "v3"],
+        ["--schedule", "linear"],
+        ["--augment", "rotate"],
+        ["--head-layers", "3"],
+        ["--optimizer", "lars"],
+    ],
+    ids=lambda more: "".join(more),
+)
 def test_bad_flags_are_refused_in_one_line(folder, tmp_path, capsys, more):
     argv = ["--data", folder, "--out", tmp_path / "run", *TINY, *more]
     assert more[0] in refused(capsys, moco.main, argv)

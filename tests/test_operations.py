@@ -73,16 +73,21 @@ def test_whole_circle_of_hues():
 def test_blur_is_torchvisions(kernel_size):
     x, blur = images(height=24, width=24), GaussianBlur(kernel_size, (0.1, 2.0))
     (sigma,) = blur.draw(N, generator(4))
-    theirs = [TF.gaussian_blur(image, [kernel_size] * 2, [s] * 2)
-              for image, s in zip(x, sigma.tolist(), strict=True)]
+    theirs = [
+        TF.gaussian_blur(image, [kernel_size] * 2, [s] * 2)
+        for image, s in zip(x, sigma.tolist(), strict=True)
+    ]
     close(blur(x, sigma), theirs)
 
 
-@pytest.mark.parametrize("function", [
-    grayscale,
-    partial(TF.solarize, threshold=0.5),
-    partial(TF.normalize, mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.4]),
-])
+@pytest.mark.parametrize(
+    "function",
+    [
+        grayscale,
+        partial(TF.solarize, threshold=0.5),
+        partial(TF.normalize, mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.4]),
+    ],
+)
 def test_random_apply_leaves_the_others_alone(function):
     x, operation = images(), RandomApply(function, 0.5)
     (chosen,) = operation.draw(N, generator(5))
@@ -111,9 +116,14 @@ def same_distribution(ours, theirs):
     assert distance < allowed, (distance, allowed)
 
 
-@pytest.mark.parametrize(("height", "width", "scale"), [
-    (32, 32, (0.08, 1.0)), (40, 120, (0.3, 1.0)), (28, 28, (0.9, 1.0)),
-])
+@pytest.mark.parametrize(
+    ("height", "width", "scale"),
+    [
+        (32, 32, (0.08, 1.0)),
+        (40, 120, (0.3, 1.0)),
+        (28, 28, (0.9, 1.0)),
+    ],
+)
 def test_crop_boxes_are_distributed_as_torchvisions(height, width, scale):
     torch.manual_seed(7)
     image = torch.zeros(1, height, width)

@@ -17,8 +17,9 @@ def saved(folder, tmp_path_factory):
     os.environ["PYTHONPATH"] = str(ROOT)
     try:
         for processes in (1, 2):
-            process = command("tests/two_processes.py", folder, out / str(processes),
-                              processes=processes)
+            process = command(
+                "tests/two_processes.py", folder, out / str(processes), processes=processes
+            )
             code, _, err = finish(process)
             assert code == 0, err
     finally:
@@ -72,7 +73,7 @@ def test_simclr_on_two_processes_leaves_one_run_that_goes_on(folder, tmp_path):
 def test_bad_data_is_one_line_on_two_processes(folder, tmp_path):
     argv = ["--data", tmp_path / "missing", "--out", tmp_path / "run", *TINY]
     code, _, err = finish(command("simclr.py", *argv, processes=2))
-    assert code != 0 and err.count("error: --data") == 1 and "simclr.py\", line" not in err
+    assert code != 0 and err.count("error: --data") == 1 and 'simclr.py", line' not in err
 
 
 def test_a_batch_that_processes_cannot_share_is_refused_once(folder, tmp_path):
@@ -85,8 +86,20 @@ def test_a_batch_that_processes_cannot_share_is_refused_once(folder, tmp_path):
 @pytest.mark.parametrize("script", ["simclr.py", "linear_eval.py"])
 def test_fewer_processes_than_asked_for_is_said(script, folder, tmp_path):
     argv = ["random"] if script == "linear_eval.py" else TINY
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
-              str(ROOT / script), *argv, "--data", str(folder), "--out", str(tmp_path / "run")]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        str(ROOT / script),
+        *argv,
+        "--data",
+        str(folder),
+        "--out",
+        str(tmp_path / "run"),
+    ]
     done = subprocess.run(launch, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0 and "error: Accelerate runs one process" in done.stderr
     assert not (tmp_path / "run").exists()
@@ -96,16 +109,51 @@ def test_fewer_processes_than_asked_for_is_said(script, folder, tmp_path):
 def methods(folder, tmp_path_factory):
     """Steps of the methods on one process and on two."""
     out, saved = tmp_path_factory.mktemp("methods"), {}
-    shared = ["--data", folder, *TINY, "--batch-size", "8", "--max-steps", "5", "--optimizer",
-              "sgd", "--warmup-epochs", "0", "--lr", "0.1"]
-    more = {"moco": ["--bn-splits", "4", "--queue-size", "20", "--key-momentum", "0.5"],
-            "swav": ["--prototypes", "4", "--head-layers", "1", "--queue-size", "10",
-                     "--queue-start", "0.2", "--freeze-prototypes", "0.4"],
-            "supcon": ["--head-layers", "1", "--label-noise", "0.3"]}
+    shared = [
+        "--data",
+        folder,
+        *TINY,
+        "--batch-size",
+        "8",
+        "--max-steps",
+        "5",
+        "--optimizer",
+        "sgd",
+        "--warmup-epochs",
+        "0",
+        "--lr",
+        "0.1",
+    ]
+    more = {
+        "moco": ["--bn-splits", "4", "--queue-size", "20", "--key-momentum", "0.5"],
+        "swav": [
+            "--prototypes",
+            "4",
+            "--head-layers",
+            "1",
+            "--queue-size",
+            "10",
+            "--queue-start",
+            "0.2",
+            "--freeze-prototypes",
+            "0.4",
+        ],
+        "supcon": ["--head-layers", "1", "--label-noise", "0.3"],
+    }
     methods = {method: [*shared, *own] for method, own in more.items()}
     methods["supcon, ce"] = [*methods["supcon"], "--loss", "ce"]
-    methods["drlim"] = ["--data", folder, "--epochs", "1", "--batch-size", "48", "--ratio", "2",
-                        "--lr", "0.1"]
+    methods["drlim"] = [
+        "--data",
+        folder,
+        "--epochs",
+        "1",
+        "--batch-size",
+        "48",
+        "--ratio",
+        "2",
+        "--lr",
+        "0.1",
+    ]
     os.environ["PYTHONPATH"] = str(ROOT)
     try:
         for method in methods:
@@ -130,8 +178,9 @@ def test_a_methods_gradients_and_rows_on_two_processes_are_those_on_one(methods,
         assert max(v.abs().max() for v in theirs) > 1e-3
         for a, b in zip(mine, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-    assert [row["loss"] for row in two["rows"]] == pytest.approx([
-        row["loss"] for row in one["rows"]], rel=1e-4)
+    assert [row["loss"] for row in two["rows"]] == pytest.approx(
+        [row["loss"] for row in one["rows"]], rel=1e-4
+    )
 
 
 def test_mocos_keys_queue_and_permutation_on_two_processes_are_those_on_one(methods):
@@ -166,7 +215,9 @@ def test_a_method_on_two_processes_leaves_one_run_that_goes_on(method, folder, t
     finish(process)
     code, _, err = finish(command(f"{method}.py", *argv, processes=2))
     assert code == 0, err
-    ends = [torch.load(out / "checkpoint.pt", weights_only=True)
-            for out in (tmp_path / "whole", tmp_path / "run")]
+    ends = [
+        torch.load(out / "checkpoint.pt", weights_only=True)
+        for out in (tmp_path / "whole", tmp_path / "run")
+    ]
     for name, value in ends[0]["model"].items():
         assert torch.equal(value, ends[1]["model"][name])

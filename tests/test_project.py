@@ -49,9 +49,13 @@ def test_scripts_import_no_other_script_and_no_other_package(name):
     assert name != "common" or "common" not in names
 
 
-@pytest.mark.parametrize(("name", "most"), [
-    ("common", 600), *((name, 330) for name in METHODS),
-])
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("common", 600),
+        *((name, 330) for name in METHODS),
+    ],
+)
 def test_files_stay_short(name, most):
     assert len((ROOT / f"{name}.py").read_text().splitlines()) <= most
 
@@ -72,10 +76,23 @@ def test_every_flag_has_a_help_of_one_sentence(module, monkeypatch):
 
 
 def test_flags_that_readme_names_exist(monkeypatch):
-    known = {"--mixed_precision", "--num_processes", "--multi_gpu", "--nproc_per_node", "--cpu",
-             "--dynamo_backend", "--python", "--extra", "--num_machines",  # the launchers'
-             "--shm-size", "--dist",  # docker's, pytest's
-             "--photographs", "--negatives", "--only", "--turns"}  # the benchmark's
+    known = {
+        "--mixed_precision",
+        "--num_processes",
+        "--multi_gpu",
+        "--nproc_per_node",
+        "--cpu",
+        "--dynamo_backend",
+        "--python",
+        "--extra",
+        "--num_machines",  # the launchers'
+        "--shm-size",
+        "--dist",  # docker's, pytest's
+        "--photographs",
+        "--negatives",
+        "--only",
+        "--turns",
+    }  # the benchmark's
     for module in MODULES:
         for action in parser(module, monkeypatch)._actions:
             known |= set(action.option_strings)
@@ -93,8 +110,20 @@ def test_importing_runs_nothing(name, tmp_path):
 def test_a_copied_script_with_common_works_elsewhere(script, folder, tmp_path):
     for name in (script, "common.py"):
         (tmp_path / name).write_text((ROOT / name).read_text())
-    command = [sys.executable, script, "--data", str(folder), "--arch", "small",
-               "--batch-size", "24", "--max-steps", "1", "--out", "run"]
+    command = [
+        sys.executable,
+        script,
+        "--data",
+        str(folder),
+        "--arch",
+        "small",
+        "--batch-size",
+        "24",
+        "--max-steps",
+        "1",
+        "--out",
+        "run",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and (tmp_path / "run" / "encoder.safetensors").exists(), done.stderr
     done = subprocess.run(command[:2], capture_output=True, text=True, cwd=tmp_path)

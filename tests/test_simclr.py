@@ -49,8 +49,9 @@ def test_nt_xent_and_its_gradients_are_those_of_equation_1(N, D, temperature):
     z1, z2 = (torch.randn(N, D, dtype=torch.float64, requires_grad=True) for _ in range(2))
     ours, slow = nt_xent(z1, z2, temperature), slow_nt_xent(z1, z2, temperature)
     torch.testing.assert_close(ours, slow, rtol=1e-12, atol=1e-12)
-    gradients = zip(torch.autograd.grad(ours, (z1, z2)), torch.autograd.grad(slow, (z1, z2)),
-                    strict=True)
+    gradients = zip(
+        torch.autograd.grad(ours, (z1, z2)), torch.autograd.grad(slow, (z1, z2)), strict=True
+    )
     for mine, theirs in gradients:
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
@@ -122,8 +123,10 @@ def test_learning_rate_has_three_phases():
 
 
 # ---------------------------------------------------------------------- model and augmentation
-@pytest.mark.parametrize(("layers", "linear"), [(0, []), (1, [(4, 3)]), (2, [(4, 5), (5, 3)]),
-                                                (3, [(4, 5), (5, 5), (5, 3)])])
+@pytest.mark.parametrize(
+    ("layers", "linear"),
+    [(0, []), (1, [(4, 3)]), (2, [(4, 5), (5, 3)]), (3, [(4, 5), (5, 5), (5, 3)])],
+)
 def test_projection_head_has_the_official_layers(layers, linear):
     head = projection_head(4, layers, 5, 3)
     kinds = [nn.Linear, nn.BatchNorm1d, nn.ReLU] * layers
@@ -131,7 +134,9 @@ def test_projection_head_has_the_official_layers(layers, linear):
     assert [(m.in_features, m.out_features) for m in head if isinstance(m, nn.Linear)] == linear
     assert not any(m.bias is not None for m in head if isinstance(m, nn.Linear))
     assert [m.bias.requires_grad for m in head if isinstance(m, nn.BatchNorm1d)] == [
-        *[True] * (layers - 1), False][:layers]
+        *[True] * (layers - 1),
+        False,
+    ][:layers]
     assert head(torch.rand(6, 4)).shape == (6, 3 if layers else 4)
 
 
@@ -163,8 +168,14 @@ def run(folder, out, *more):
 
 def test_a_run_leaves_what_the_readme_lists(folder, tmp_path, capsys):
     out = run(folder, tmp_path / "run")
-    files = {"config.json", "metrics.jsonl", "checkpoint.pt", "views.png", "encoder.safetensors",
-             "results.json"}
+    files = {
+        "config.json",
+        "metrics.jsonl",
+        "checkpoint.pt",
+        "views.png",
+        "encoder.safetensors",
+        "results.json",
+    }
     assert {path.name for path in out.iterdir()} == files
     config, rows = json.loads((out / "config.json").read_text()), metrics(out)
     assert config["settings"]["batch_size"] == 4 and torch.__version__.startswith(config["torch"])
@@ -175,8 +186,13 @@ def test_a_run_leaves_what_the_readme_lists(folder, tmp_path, capsys):
         assert f"epoch {row['epoch']}" in printed and f"loss {row['loss']:.4g}" in printed
         assert f"knn {row['knn']:.4g}" in printed
     _, about = common.load_encoder(out / "encoder.safetensors")
-    assert about == {"method": "simclr", "data": str(folder), "architecture": "small",
-                     "stem": "3x3", "image_size": "12"}
+    assert about == {
+        "method": "simclr",
+        "data": str(folder),
+        "architecture": "small",
+        "stem": "3x3",
+        "image_size": "12",
+    }
     results = json.loads((out / "results.json").read_text())
     assert [row["features"] for row in results] == ["simclr", "random", "raw pixels"]
     assert {"kNN", "linear"} < set(results[0]) and common.table(results) in printed
@@ -196,8 +212,22 @@ def test_the_rows_knn_is_the_saved_encoders(folder, tmp_path):
 
 
 def test_training_lowers_the_loss(folder, tmp_path):
-    rows = metrics(run(folder, tmp_path / "run", "--epochs", 10, "--optimizer", "adamw",
-                       "--lr", 0.003, "--crop-scale", 0.8, "--augment", "crop"))
+    rows = metrics(
+        run(
+            folder,
+            tmp_path / "run",
+            "--epochs",
+            10,
+            "--optimizer",
+            "adamw",
+            "--lr",
+            0.003,
+            "--crop-scale",
+            0.8,
+            "--augment",
+            "crop",
+        )
+    )
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
 
 
@@ -222,34 +252,83 @@ def test_the_same_seed_gives_the_same_run(plain, folder, tmp_path):
     assert same_weights(run(folder, tmp_path / "again"), plain)
 
 
-@pytest.mark.parametrize("more", [
-    ["--seed", 1], ["--lr", 0.5], ["--lr-rule", "linear"], ["--temperature", 0.5],
-    ["--weight-decay", 0.1], ["--warmup-epochs", 0.5], ["--color-strength", 0], ["--hidden", 24],
-    ["--crop-scale", 0.9], ["--augment", "crop"], ["--head-layers", 3], ["--dim", 4],
-    ["--optimizer", "sgd"], ["--optimizer", "adamw"], ["--batch-size", 8], ["--limit", 20],
-    ["--image-size", 16], ["--epochs", 3], ["--max-steps", 7],
-], ids=lambda more: more[0] + str(more[1]))
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--seed", 1],
+        ["--lr", 0.5],
+        ["--lr-rule", "linear"],
+        ["--temperature", 0.5],
+        ["--weight-decay", 0.1],
+        ["--warmup-epochs", 0.5],
+        ["--color-strength", 0],
+        ["--hidden", 24],
+        ["--crop-scale", 0.9],
+        ["--augment", "crop"],
+        ["--head-layers", 3],
+        ["--dim", 4],
+        ["--optimizer", "sgd"],
+        ["--optimizer", "adamw"],
+        ["--batch-size", 8],
+        ["--limit", 20],
+        ["--image-size", 16],
+        ["--epochs", 3],
+        ["--max-steps", 7],
+    ],
+    ids=lambda more: more[0] + str(more[1]),
+)
 def test_each_flag_changes_the_result(plain, folder, tmp_path, more):
     assert not same_weights(run(folder, tmp_path / "run", *more), plain)
 
 
-@pytest.mark.parametrize("more", [["--eval-every", 7], ["--workers", 3], ["--root", "elsewhere"]],
-                         ids=lambda more: more[0])
+@pytest.mark.parametrize(
+    "more",
+    [["--eval-every", 7], ["--workers", 3], ["--root", "elsewhere"]],
+    ids=lambda more: more[0],
+)
 def test_other_flags_do_not(plain, folder, tmp_path, more):
     assert same_weights(run(folder, tmp_path / "run", *more), plain)
 
 
 def test_flags_do_what_they_say(folder, tmp_path):
-    out = run(folder, tmp_path / "a", "--epochs", 4, "--eval-every", 3, "--batch-size", 8,
-              "--optimizer", "sgd", "--lr-rule", "linear", "--weight-decay", 0.25, "--dim", 5)
+    out = run(
+        folder,
+        tmp_path / "a",
+        "--epochs",
+        4,
+        "--eval-every",
+        3,
+        "--batch-size",
+        8,
+        "--optimizer",
+        "sgd",
+        "--lr-rule",
+        "linear",
+        "--weight-decay",
+        0.25,
+        "--dim",
+        5,
+    )
     assert ["knn" in row for row in metrics(out)] == [False, False, True, True]
     state = checkpoint(out)
     assert state["optimizer"]["param_groups"][0]["weight_decay"] == 0.25
     assert state["model"]["1.3.weight"].shape == (5, 16)
     settings = json.loads((out / "config.json").read_text())["settings"]
     assert settings["lr"] == pytest.approx(0.03 * 8 / 256)
-    out = run(folder, tmp_path / "b", "--max-steps", 8, "--image-size", 16, "--limit", 20,
-              "--optimizer", "lars", "--batch-size", 9)
+    out = run(
+        folder,
+        tmp_path / "b",
+        "--max-steps",
+        8,
+        "--image-size",
+        16,
+        "--limit",
+        20,
+        "--optimizer",
+        "lars",
+        "--batch-size",
+        9,
+    )
     assert [row["step"] for row in metrics(out)] == [2, 4]  # 2 epochs of 2 steps end first
     config = json.loads((out / "config.json").read_text())
     assert config["images"].startswith("20 images (")
@@ -266,8 +345,18 @@ def test_architecture_and_stem(folder, tmp_path, stem):
 
 
 def test_init_starts_from_an_encoder(plain, folder, tmp_path):
-    out = run(folder, tmp_path / "run", "--init", plain / "encoder.safetensors", "--max-steps", 1,
-              "--lr", 1e-12, "--optimizer", "sgd")
+    out = run(
+        folder,
+        tmp_path / "run",
+        "--init",
+        plain / "encoder.safetensors",
+        "--max-steps",
+        1,
+        "--lr",
+        1e-12,
+        "--optimizer",
+        "sgd",
+    )
     for name, value in weights(out).items():
         if name.endswith("weight"):
             torch.testing.assert_close(value, weights(plain)[name], atol=1e-9, rtol=0)
@@ -333,8 +422,10 @@ def test_an_interrupted_run_ends_bit_identical(uninterrupted, folder, tmp_path, 
     ends = checkpoint(out), checkpoint(uninterrupted)
     for name, value in ends[0]["model"].items():
         assert torch.equal(value, ends[1]["model"][name])
-    timeless = [[{k: v for k, v in row.items() if k not in TIMES}
-                 for row in metrics(run)] for run in (out, uninterrupted)]
+    timeless = [
+        [{k: v for k, v in row.items() if k not in TIMES} for row in metrics(run)]
+        for run in (out, uninterrupted)
+    ]
     assert timeless[0] == timeless[1] and len(timeless[0]) == 15
     results = [json.loads((run / "results.json").read_text()) for run in (out, uninterrupted)]
     assert results[0] == results[1]
@@ -386,8 +477,9 @@ def test_a_run_with_other_settings_is_refused_and_named(plain, folder, capsys):
     assert before == {path.name: path.read_bytes() for path in plain.iterdir()}
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(folder, tmp_path, monkeypatch,
-                                                                  capsys):
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
+    folder, tmp_path, monkeypatch, capsys
+):
     out, real = tmp_path / "run", simclr.nt_xent
     calls = itertools.count()
 
@@ -409,10 +501,13 @@ def test_a_huge_rate_breaks_the_loss_and_is_reported(folder, tmp_path, capsys):
     assert "not finite" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("more", "warned"), [
-    (["--lr", 1e-9, "--optimizer", "sgd", "--augment", "color", "--color-strength", 0], False),
-    (["--head-layers", 0, "--lr", 1e-12, "--optimizer", "sgd", "--warmup-epochs", 0], True),
-])
+@pytest.mark.parametrize(
+    ("more", "warned"),
+    [
+        (["--lr", 1e-9, "--optimizer", "sgd", "--augment", "color", "--color-strength", 0], False),
+        (["--head-layers", 0, "--lr", 1e-12, "--optimizer", "sgd", "--warmup-epochs", 0], True),
+    ],
+)
 def test_a_collapsed_embedding_is_warned_of(folder, tmp_path, capsys, more, warned):
     out = tmp_path / "run"
     if warned:  # an encoder that gives nearly the same for everything
@@ -429,18 +524,49 @@ def test_a_collapsed_embedding_is_warned_of(folder, tmp_path, capsys, more, warn
 
 
 # ---------------------------------------------------------------------------------- bad input
-@pytest.mark.parametrize("more", [
-    ["--epochs", "0"], ["--epochs", "-1"], ["--epochs", "many"], ["--batch-size", "0"],
-    ["--batch-size", "1"], ["--batch-size", "28"], ["--temperature", "0"], ["--lr", "0"],
-    ["--lr", "-1"], ["--lr", "inf"], ["--lr", "nan"], ["--weight-decay", "-1"], ["--seed", "-1"],
-    ["--seed", "9" * 20],
-    ["--image-size", "0"], ["--image-size", "1"], ["--warmup-epochs", "1e308"],
-    ["--limit", "0"], ["--limit", "-5"], ["--hidden", "0"], ["--dim", "0"],
-    ["--max-steps", "0"], ["--warmup-epochs", "-1"], ["--crop-scale", "0"], ["--crop-scale", "1.5"],
-    ["--color-strength", "-1"], ["--eval-every", "0"], ["--workers", "0"], ["--head-layers", "4"],
-    ["--arch", "vgg"], ["--augment", "rotate"], ["--optimizer", "lion"], ["--log-with", "paper"],
-    ["--data", "cifar11"], ["--init", "nowhere.safetensors"], ["--unknown", "1"], ["--epoch", "3"],
-], ids=lambda more: "".join(more))
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--epochs", "0"],
+        ["--epochs", "-1"],
+        ["--epochs", "many"],
+        ["--batch-size", "0"],
+        ["--batch-size", "1"],
+        ["--batch-size", "28"],
+        ["--temperature", "0"],
+        ["--lr", "0"],
+        ["--lr", "-1"],
+        ["--lr", "inf"],
+        ["--lr", "nan"],
+        ["--weight-decay", "-1"],
+        ["--seed", "-1"],
+        ["--seed", "9" * 20],
+        ["--image-size", "0"],
+        ["--image-size", "1"],
+        ["--warmup-epochs", "1e308"],
+        ["--limit", "0"],
+        ["--limit", "-5"],
+        ["--hidden", "0"],
+        ["--dim", "0"],
+        ["--max-steps", "0"],
+        ["--warmup-epochs", "-1"],
+        ["--crop-scale", "0"],
+        ["--crop-scale", "1.5"],
+        ["--color-strength", "-1"],
+        ["--eval-every", "0"],
+        ["--workers", "0"],
+        ["--head-layers", "4"],
+        ["--arch", "vgg"],
+        ["--augment", "rotate"],
+        ["--optimizer", "lion"],
+        ["--log-with", "paper"],
+        ["--data", "cifar11"],
+        ["--init", "nowhere.safetensors"],
+        ["--unknown", "1"],
+        ["--epoch", "3"],
+    ],
+    ids=lambda more: "".join(more),
+)
 def test_bad_flags_are_refused_in_one_line_before_training(folder, tmp_path, capsys, more):
     out = tmp_path / "run"
     error = refused(capsys, simclr.main, ["--data", folder, "--out", out, *TINY, *more])
@@ -449,8 +575,17 @@ def test_bad_flags_are_refused_in_one_line_before_training(folder, tmp_path, cap
 
 
 def test_an_init_of_another_architecture_is_refused(plain, folder, tmp_path, capsys):
-    argv = ["--data", folder, "--out", tmp_path / "run", *TINY, "--arch", "resnet18",
-            "--init", plain / "encoder.safetensors"]
+    argv = [
+        "--data",
+        folder,
+        "--out",
+        tmp_path / "run",
+        *TINY,
+        "--arch",
+        "resnet18",
+        "--init",
+        plain / "encoder.safetensors",
+    ]
     assert "--arch small" in refused(capsys, simclr.main, argv)
 
 
@@ -463,10 +598,16 @@ def test_an_out_that_cannot_be_a_run_is_refused(folder, tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize(("name", "content"), [
-    ("config.json", b"[]"), ("config.json", b"{"), ("config.json", None), ("checkpoint.pt", b"PK"),
-    ("results.json", b"[{"),
-])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b"[]"),
+        ("config.json", b"{"),
+        ("config.json", None),
+        ("checkpoint.pt", b"PK"),
+        ("results.json", b"[{"),
+    ],
+)
 def test_a_damaged_run_is_refused_in_one_line(folder, tmp_path, capsys, name, content):
     out = run(folder, tmp_path / "run", "--max-steps", 1)
     if name != "results.json":

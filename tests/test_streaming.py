@@ -23,8 +23,10 @@ import simclr
 from common import CentreCrop, ColorJitter, RandomApply, RandomResizedCrop, batches, generator
 
 CPU = torch.device("cpu")
-RECIPES = [(2, [RandomResizedCrop(8), RandomApply(ColorJitter(0.4, 0.4, 0.4, 0.1), 0.8)]),
-           (3, [RandomResizedCrop(6, (0.05, 0.3))])]
+RECIPES = [
+    (2, [RandomResizedCrop(8), RandomApply(ColorJitter(0.4, 0.4, 0.4, 0.1), 0.8)]),
+    (3, [RandomResizedCrop(6, (0.05, 0.3))]),
+]
 
 
 def load(folder, workers=1, stream=True, limit=None):
@@ -112,7 +114,7 @@ def test_views_of_several_sizes_are_torchvisions_on_boxes_of_each_size(photograp
     u, flip = common.draw(14, [(2, [crop])], 8, 0, torch.arange(8), 0)[1][0][0]
     for i, view in enumerate(views.flatten(0, 1)):
         image = common.read_image(data.images[index[i % 8]])
-        box, = crop.boxes(u[i : i + 1], *image.shape[1:]).tolist()
+        (box,) = crop.boxes(u[i : i + 1], *image.shape[1:]).tolist()
         assert box[0] + box[2] <= image.shape[1] and box[1] + box[3] <= image.shape[2]
         expected = TF.resized_crop(image, *box, [16, 16], antialias=True)
         expected = expected.flip(2) if flip[i] else expected
@@ -175,8 +177,10 @@ def run(folder, out, *more):
 
 def test_streaming_trains_as_memory_does(folder, tmp_path):
     same = ("--epochs", 4, "--augment", "crop", "--optimizer", "sgd", "--lr", 1e-5)
-    runs = [run(folder, tmp_path / name, *same, *more)
-            for name, more in (("memory", ()), ("files", ("--stream", "--workers", 2)))]
+    runs = [
+        run(folder, tmp_path / name, *same, *more)
+        for name, more in (("memory", ()), ("files", ("--stream", "--workers", 2)))
+    ]
     losses = [[row["loss"] for row in metrics(out)] for out in runs]
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
     waits = [[row["wait"] for row in metrics(out)] for out in runs]
@@ -208,11 +212,25 @@ LONGER = ["--stream", "--workers", "2", "--epochs", "12", "--batch-size", "2"]
 def test_a_signal_to_the_whole_group_stops_and_the_run_goes_on(folder, tmp_path, number):
     whole = run(folder, tmp_path / "whole", *LONGER)
     out = tmp_path / "run"
-    argv = [sys.executable, str(ROOT / "simclr.py"), "--data", str(folder), "--out", str(out),
-            *TINY, *LONGER]
+    argv = [
+        sys.executable,
+        str(ROOT / "simclr.py"),
+        "--data",
+        str(folder),
+        "--out",
+        str(out),
+        *TINY,
+        *LONGER,
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        argv,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
     while not (out / "checkpoint.pt").exists() and process.poll() is None:
         time.sleep(0.005)
     os.killpg(process.pid, number)
@@ -325,8 +343,17 @@ def test_features_of_files_on_two_processes_count_each_once(photographs, tmp_pat
     about = {"architecture": "small", "stem": "3x3", "image_size": 66, "data": photographs}
     common.save_encoder(encoder, common.build_encoder("small"), **about)
     for processes in (1, 2):
-        argv = [encoder, "--protocol", "knn", "--seeds", "1", "--knn-k", "3", "--features",
-                tmp_path / f"{processes}.npz"]
+        argv = [
+            encoder,
+            "--protocol",
+            "knn",
+            "--seeds",
+            "1",
+            "--knn-k",
+            "3",
+            "--features",
+            tmp_path / f"{processes}.npz",
+        ]
         code, _, err = finish(command("linear_eval.py", *argv, processes=processes))
         assert code == 0, err
     with np.load(tmp_path / "1.npz") as one, np.load(tmp_path / "2.npz") as two:

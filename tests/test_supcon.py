@@ -39,6 +39,7 @@ def slow_supcon(z, labels, temperature, variant, cap=None):
     views = [(n, v) for n in range(N) for v in range(V)]
     losses = []
     for n, v in views:
+
         def score(a, anchor=z[n, v]):
             return (anchor @ z[a] / temperature).exp()
 
@@ -53,10 +54,16 @@ def slow_supcon(z, labels, temperature, variant, cap=None):
 
 
 @pytest.mark.parametrize("variant", ["out", "in"])
-@pytest.mark.parametrize(("shape", "labels", "cap"), [
-    ((5, 1, 4), [0, 1, 0, 2, 0], None), ((4, 2, 3), [0, 0, 1, 2], None),
-    ((4, 3, 6), [1, 0, 1, 1], None), ((5, 2, 3), [0, 0, 0, 1, 0], 3), ((3, 3, 4), [0, 0, 1], 1),
-])
+@pytest.mark.parametrize(
+    ("shape", "labels", "cap"),
+    [
+        ((5, 1, 4), [0, 1, 0, 2, 0], None),
+        ((4, 2, 3), [0, 0, 1, 2], None),
+        ((4, 3, 6), [1, 0, 1, 1], None),
+        ((5, 2, 3), [0, 0, 0, 1, 0], 3),
+        ((3, 3, 4), [0, 0, 1], 1),
+    ],
+)
 def test_both_losses_and_their_gradients_are_those_of_the_equations(variant, shape, labels, cap):
     torch.manual_seed(len(labels))
     z = (2 * torch.randn(*shape, dtype=torch.float64)).requires_grad_()  # of any length
@@ -69,8 +76,14 @@ def test_both_losses_and_their_gradients_are_those_of_the_equations(variant, sha
 
 
 def test_vectors():
-    z = torch.tensor([[[.01, .02, .14], [.38, .61, .50]], [[.86, .97, .33], [.26, .68, .45]],
-                      [[.32, .64, .28], [.45, .74, .73]]], dtype=torch.float64)
+    z = torch.tensor(
+        [
+            [[0.01, 0.02, 0.14], [0.38, 0.61, 0.50]],
+            [[0.86, 0.97, 0.33], [0.26, 0.68, 0.45]],
+            [[0.32, 0.64, 0.28], [0.45, 0.74, 0.73]],
+        ],
+        dtype=torch.float64,
+    )
     labels = torch.tensor([0, 0, 1])
     assert abs(supcon_loss(z, labels, 1).item() - 1.685890835910) < 1e-12
     assert abs(supcon_loss(z, labels, 1, "in").item() - 1.644654982217) < 1e-12
@@ -87,8 +100,10 @@ def test_a_tetrahedron_gives_ln_3(temperature):
 
 
 def test_equal_embeddings_give_the_chance_that_a_run_shows(folder, tmp_path):
-    rows = {loss: metrics(run(folder, tmp_path / loss, "--max-steps", 1, "--loss", loss))
-            for loss in ("out", "in", "ce")}
+    rows = {
+        loss: metrics(run(folder, tmp_path / loss, "--max-steps", 1, "--loss", loss))
+        for loss in ("out", "in", "ce")
+    }
     z = torch.ones(4, 2, 3, dtype=torch.float64)
     for variant in ("out", "in"):
         loss = supcon_loss(z, torch.tensor([0, 0, 1, 2]), 0.1, variant).item()
@@ -130,8 +145,13 @@ def test_low_temperatures_and_rounded_embeddings_stay_finite(temperature):
 
 def test_it_refuses_other_shapes_variants_and_caps():
     z, labels = torch.rand(3, 2, 4), torch.arange(3)
-    for wrong in ((z[:, 0], labels, 1), (z, labels[:2], 1), (z, labels[:, None], 1),
-                  (z, labels, 1, "ce"), (z, labels, 1, "out", 0)):
+    for wrong in (
+        (z[:, 0], labels, 1),
+        (z, labels[:2], 1),
+        (z, labels[:, None], 1),
+        (z, labels, 1, "ce"),
+        (z, labels, 1, "out", 0),
+    ):
         with pytest.raises(ValueError, match=r"z \[N, V, D\]|max_positives"):
             supcon_loss(*wrong)
 
@@ -190,8 +210,9 @@ def test_training_sees_the_noise_and_the_evaluation_does_not(folder, tmp_path, m
     seen, banks = [], []
     loss, knn = supcon.supcon_loss, common.knn_accuracy
     monkeypatch.setattr(supcon, "supcon_loss", lambda z, y, *a: seen.append(y) or loss(z, y, *a))
-    monkeypatch.setattr(common, "knn_accuracy", lambda e, bank, *a: banks.append(bank.labels)
-                        or knn(e, bank, *a))
+    monkeypatch.setattr(
+        common, "knn_accuracy", lambda e, bank, *a: banks.append(bank.labels) or knn(e, bank, *a)
+    )
     run(folder, tmp_path / "run", "--batch-size", 27, "--label-noise", 0.5, "--epochs", 1)
     true = torch.arange(3).repeat_interleave(9)
     assert all(torch.equal(labels, true) for labels in banks) and banks
@@ -202,8 +223,9 @@ def test_training_sees_the_noise_and_the_evaluation_does_not(folder, tmp_path, m
 
 def test_images_without_classes_or_of_one_class_are_refused(folder, tmp_path, capsys):
     argv = ["--out", str(tmp_path / "run"), *TINY]
-    assert "no labels" in refused(capsys, supcon.main, [
-        *argv, "--data", folder / "train" / "along"])
+    assert "no labels" in refused(
+        capsys, supcon.main, [*argv, "--data", folder / "train" / "along"]
+    )
     for part in ("train", "test"):
         (tmp_path / "one" / part).mkdir(parents=True)
         (tmp_path / "one" / part / "a").symlink_to(folder / part / "along")
@@ -211,9 +233,16 @@ def test_images_without_classes_or_of_one_class_are_refused(folder, tmp_path, ca
     assert "single class" in refused(capsys, supcon.main, [*argv, "--data", folder, "--limit", 1])
 
 
-@pytest.mark.parametrize("more", [["--label-noise", "1.1"], ["--label-noise", "-0.1"],
-                                  ["--max-positives", "0"], ["--loss", "both"],
-                                  ["--max-positives", "1", "--loss", "ce"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--label-noise", "1.1"],
+        ["--label-noise", "-0.1"],
+        ["--max-positives", "0"],
+        ["--loss", "both"],
+        ["--max-positives", "1", "--loss", "ce"],
+    ],
+)
 def test_bad_flags_of_its_own_are_refused(folder, tmp_path, capsys, more):
     error = refused(capsys, supcon.main, ["--data", folder, "--out", tmp_path / "run", *more])
     assert more[0] in error
@@ -244,8 +273,13 @@ def test_bfloat16_leaves_the_evaluation_of_the_classifier_in_float32(folder, tmp
         torch.save([v for v in seen if v.shape[1] == 3], "scores")"""
     argv = ["--data", folder, "--out", "run", *TINY, "--loss", "ce", "--max-steps", "1"]
     environment = os.environ | {"ACCELERATE_MIXED_PRECISION": "bf16", "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", code, *argv], cwd=tmp_path, env=environment, check=True,
-                   capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", code, *argv],
+        cwd=tmp_path,
+        env=environment,
+        check=True,
+        capture_output=True,
+    )
     scores = torch.load(tmp_path / "scores", weights_only=True)[0]
     assert not torch.equal(scores, scores.bfloat16().float())
 
@@ -260,8 +294,9 @@ def test_many_anchors_without_another_of_their_class_are_warned_of(folder, tmp_p
 
 
 @pytest.mark.parametrize("loss", ["out", "in", "ce"])
-def test_a_loss_at_chance_is_warned_of_and_one_that_falls_is_not(loss, folder, tmp_path, capsys,
-                                                                 monkeypatch):
+def test_a_loss_at_chance_is_warned_of_and_one_that_falls_is_not(
+    loss, folder, tmp_path, capsys, monkeypatch
+):
     real, entropy = F.normalize, F.cross_entropy
     if loss == "ce":
         monkeypatch.setattr(F, "cross_entropy", lambda z, *a, **k: entropy(0 * z, *a, **k))
@@ -270,15 +305,47 @@ def test_a_loss_at_chance_is_warned_of_and_one_that_falls_is_not(loss, folder, t
     run(folder, tmp_path / "stuck", "--loss", loss)
     assert "stays at chance" in capsys.readouterr().out
     monkeypatch.undo()
-    run(folder, tmp_path / "falls", "--loss", loss, "--batch-size", 8, "--epochs", 12,
-        "--optimizer", "adamw", "--lr", 0.003, "--crop-scale", 0.8, "--augment", "crop")
+    run(
+        folder,
+        tmp_path / "falls",
+        "--loss",
+        loss,
+        "--batch-size",
+        8,
+        "--epochs",
+        12,
+        "--optimizer",
+        "adamw",
+        "--lr",
+        0.003,
+        "--crop-scale",
+        0.8,
+        "--augment",
+        "crop",
+    )
     last = capsys.readouterr().out.split("epoch 12 ·")[1]
     assert "warning" not in last
 
 
 def test_the_baseline_reports_its_own_classifier(folder, tmp_path, capsys):
-    out = run(folder, tmp_path / "run", "--loss", "ce", "--batch-size", 9, "--epochs", 20,
-              "--optimizer", "adamw", "--lr", 0.01, "--crop-scale", 0.9, "--color-strength", 0.1)
+    out = run(
+        folder,
+        tmp_path / "run",
+        "--loss",
+        "ce",
+        "--batch-size",
+        9,
+        "--epochs",
+        20,
+        "--optimizer",
+        "adamw",
+        "--lr",
+        0.01,
+        "--crop-scale",
+        0.9,
+        "--color-strength",
+        0.1,
+    )
     rows = metrics(out)
     assert rows[-1]["classifier"] > 60 and rows[-1]["loss"] < rows[0]["loss"] - 0.3
     state = torch.load(out / "checkpoint.pt", weights_only=True)["model"]

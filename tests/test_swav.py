@@ -17,8 +17,12 @@ import swav
 from swav import LARC, SwAV, augmentation, learning_rate, sinkhorn, swapped_prediction_loss
 
 SMALL = ["--prototypes", "4", "--queue-size", "0", "--freeze-prototypes", "0"]
-S1 = torch.tensor([[.1, .2, .3], [0, .4, -.1], [.5, .1, .2], [-.2, .3, .6]], dtype=torch.float64)
-S2 = torch.tensor([[.2, .1, .4], [.1, .3, 0], [.4, .2, .1], [-.1, .2, .5]], dtype=torch.float64)
+S1 = torch.tensor(
+    [[0.1, 0.2, 0.3], [0, 0.4, -0.1], [0.5, 0.1, 0.2], [-0.2, 0.3, 0.6]], dtype=torch.float64
+)
+S2 = torch.tensor(
+    [[0.2, 0.1, 0.4], [0.1, 0.3, 0], [0.4, 0.2, 0.1], [-0.1, 0.2, 0.5]], dtype=torch.float64
+)
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +62,14 @@ def test_sinkhorn_is_the_iteration_written_out(B, K, iterations):
     scores = torch.rand(B, K, dtype=torch.float64) * 2 - 1
     codes = sinkhorn(scores, 0.1, iterations)
     if iterations:
-        torch.testing.assert_close(codes, slow_sinkhorn(scores, 0.1, iterations), rtol=1e-11,
-                                   atol=1e-13)
+        torch.testing.assert_close(
+            codes, slow_sinkhorn(scores, 0.1, iterations), rtol=1e-11, atol=1e-13
+        )
         torch.testing.assert_close(codes.sum(1), torch.ones(B, dtype=torch.float64))
 
 
 def test_sinkhorn_vector():
-    expected = torch.tensor([.0467147, .65254, .3007454], dtype=torch.float64)
+    expected = torch.tensor([0.0467147, 0.65254, 0.3007454], dtype=torch.float64)
     torch.testing.assert_close(sinkhorn(S1)[0], expected, rtol=0, atol=5e-8)
 
 
@@ -80,7 +85,7 @@ def test_sinkhorns_marginals_after_many_iterations():
 def test_sinkhorn_of_half_precision_scores_is_float64s(dtype, epsilon, B):
     torch.manual_seed(0)
     z, C = F.normalize(torch.randn(B, 8), dim=1), F.normalize(torch.randn(300, 8), dim=1)
-    C[:B // 4] = z[:B // 4]  # scores of 1, whose exp at .002 overflows even float64
+    C[: B // 4] = z[: B // 4]  # scores of 1, whose exp at .002 overflows even float64
     scores = (z @ C.T).to(dtype)
     codes, exact = sinkhorn(scores, epsilon), sinkhorn(scores.double(), epsilon)
     assert codes.dtype == torch.float32 and exact.dtype == torch.float64
@@ -120,15 +125,18 @@ def test_swapped_prediction_loss_and_its_gradients_are_those_of_equation_6(V, B,
     ours = swapped_prediction_loss(scores, codes, T)
     slow = slow_loss(scores, codes, T)
     torch.testing.assert_close(ours, slow, rtol=1e-12, atol=1e-12)
-    for mine, theirs in zip(torch.autograd.grad(ours, (scores, codes)),
-                            torch.autograd.grad(slow, (scores, codes)), strict=True):
+    for mine, theirs in zip(
+        torch.autograd.grad(ours, (scores, codes)),
+        torch.autograd.grad(slow, (scores, codes)),
+        strict=True,
+    ):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
 def test_swapped_prediction_loss_vector():
     codes = torch.stack([sinkhorn(S1), sinkhorn(S2)])
     loss = swapped_prediction_loss(torch.stack([S1, S2]), codes, 0.1)
-    assert abs(loss.item() - .576336471215) < 5e-13
+    assert abs(loss.item() - 0.576336471215) < 5e-13
 
 
 def test_collapsed_scores_give_the_chance_that_a_run_shows(folder, tmp_path):
@@ -139,8 +147,10 @@ def test_collapsed_scores_give_the_chance_that_a_run_shows(folder, tmp_path):
     assert chance == math.log(4)
 
 
-@pytest.mark.parametrize("shapes", [((3, 4, 5), (3, 4, 5)), ((1, 4, 5), (2, 4, 5)),
-                                    ((3, 4, 5), (2, 4, 6)), ((3, 4), (2, 4))])
+@pytest.mark.parametrize(
+    "shapes",
+    [((3, 4, 5), (3, 4, 5)), ((1, 4, 5), (2, 4, 5)), ((3, 4, 5), (2, 4, 6)), ((3, 4), (2, 4))],
+)
 def test_swapped_prediction_loss_refuses_other_shapes(shapes):
     with pytest.raises(ValueError, match="scores"):
         swapped_prediction_loss(*map(torch.rand, shapes), 0.1)
@@ -250,11 +260,24 @@ def test_the_first_two_crops_get_codes_of_the_batch(folder, tmp_path, seen):
             torch.testing.assert_close(q[i], codes[2 * step + i][1])
 
 
-def test_the_queue_serves_once_full_and_only_the_batchs_codes_enter_the_loss(folder, tmp_path,
-                                                                            seen):
+def test_the_queue_serves_once_full_and_only_the_batchs_codes_enter_the_loss(
+    folder, tmp_path, seen
+):
     # 6 steps an epoch, from half of which 10 features fill in 3 steps of 4: used from step 6.
-    out = run(folder, tmp_path / "run", "--queue-size", 10, "--queue-start", 0.5,
-              "--optimizer", "sgd", "--lr", 1e-12, "--weight-decay", 1e-12)
+    out = run(
+        folder,
+        tmp_path / "run",
+        "--queue-size",
+        10,
+        "--queue-start",
+        0.5,
+        "--optimizer",
+        "sgd",
+        "--lr",
+        1e-12,
+        "--weight-decay",
+        1e-12,
+    )
     codes, losses = seen
     lengths = [len(scores) for scores, _ in codes]
     assert lengths == [4] * 12 + [14] * 12
@@ -276,8 +299,22 @@ def test_the_queue_serves_once_full_and_only_the_batchs_codes_enter_the_loss(fol
 
 
 def test_a_queue_smaller_than_the_batch_holds_its_last(folder, tmp_path, seen):
-    state = checkpoint(run(folder, tmp_path / "run", "--queue-size", 3, "--queue-start", 0,
-                           "--max-steps", 1, "--optimizer", "sgd", "--lr", 1e-12))
+    state = checkpoint(
+        run(
+            folder,
+            tmp_path / "run",
+            "--queue-size",
+            3,
+            "--queue-start",
+            0,
+            "--max-steps",
+            1,
+            "--optimizer",
+            "sgd",
+            "--lr",
+            1e-12,
+        )
+    )
     stored = state["queue"] @ state["model"]["prototypes.weight"].T
     order = [(i % 3, i) for i in (1, 2, 3)]
     for place, row in order:
@@ -313,13 +350,33 @@ def test_prototypes_have_length_one_and_freeze_for_the_first_epochs(folder, tmp_
     fresh = SwAV(common.build_encoder("small", "3x3"), [16, 8], 4)
     start = F.normalize(fresh.prototypes.weight.detach(), dim=1)
     for optimizer in ("larc", "adamw", "sgd"):
-        frozen = run(folder, tmp_path / f"frozen-{optimizer}", "--freeze-prototypes", 1,
-                     "--epochs", 1, "--optimizer", optimizer)
+        frozen = run(
+            folder,
+            tmp_path / f"frozen-{optimizer}",
+            "--freeze-prototypes",
+            1,
+            "--epochs",
+            1,
+            "--optimizer",
+            optimizer,
+        )
         state = checkpoint(frozen)["model"]
         torch.testing.assert_close(state["prototypes.weight"], start)
         assert not torch.equal(state["head.0.weight"], fresh.head[0].weight)
-        free = checkpoint(run(folder, tmp_path / f"free-{optimizer}", "--freeze-prototypes", 0.5,
-                              "--epochs", 1, "--optimizer", optimizer, "--lr", 0.1))
+        free = checkpoint(
+            run(
+                folder,
+                tmp_path / f"free-{optimizer}",
+                "--freeze-prototypes",
+                0.5,
+                "--epochs",
+                1,
+                "--optimizer",
+                optimizer,
+                "--lr",
+                0.1,
+            )
+        )
         assert not torch.allclose(free["model"]["prototypes.weight"], start, atol=1e-6)
 
 
@@ -332,7 +389,7 @@ def test_scores_are_of_prototypes_normalised_at_the_start_of_the_step(folder, tm
 def test_use_of_prototypes_counts_the_nearest_ones_of_the_epoch(folder, tmp_path, seen):
     rows = metrics(run(folder, tmp_path / "run"))
     for epoch, row in enumerate(rows):
-        codes = seen[0][12 * epoch:12 * epoch + 12]
+        codes = seen[0][12 * epoch : 12 * epoch + 12]
         nearest = torch.cat([scores.argmax(1) for scores, _ in codes])
         p = nearest.bincount(minlength=4) / len(nearest)
         assert len(nearest) == 48 and row["prototypes"] == (p > 0).sum()
@@ -352,8 +409,11 @@ def test_augmentation_is_simclrs_for_crops_of_any_size():
 
 @pytest.mark.parametrize(("side", "second"), [(32, 18), (28, 16), (64, 36), (224, 96)])
 def test_default_sizes_follow_the_images(tmp_path, monkeypatch, side, second):
-    data = common.ImageSet(torch.randint(256, (4, 3, side, side), dtype=torch.uint8),
-                           torch.zeros(4, dtype=torch.long), device=torch.device("cpu"))
+    data = common.ImageSet(
+        torch.randint(256, (4, 3, side, side), dtype=torch.uint8),
+        torch.zeros(4, dtype=torch.long),
+        device=torch.device("cpu"),
+    )
     monkeypatch.setattr(common, "load_splits", lambda *_: (data, None, None))
     out = run("x", tmp_path / "run", "--epochs", 1, "--crops", 2, 1)
     config = json.loads((out / "config.json").read_text())
@@ -409,14 +469,32 @@ def test_too_many_prototypes_are_said_at_the_start(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("collapsed", [False, True])
 def test_collapse_is_warned_of_with_what_to_turn(folder, tmp_path, capsys, collapsed):
-    more = ["--epochs", 6, "--optimizer", "adamw", "--lr", 0.003, "--augment", "crop", "--crops", 2,
-            "--crop-scales", 0.7, 1, "--batch-size", 8, "--warmup-epochs", 0]
+    more = [
+        "--epochs",
+        6,
+        "--optimizer",
+        "adamw",
+        "--lr",
+        0.003,
+        "--augment",
+        "crop",
+        "--crops",
+        2,
+        "--crop-scales",
+        0.7,
+        1,
+        "--batch-size",
+        8,
+        "--warmup-epochs",
+        0,
+    ]
     if collapsed:  # an encoder that gives nearly the same for everything
         encoder = common.build_encoder("small")
         nn.init.zeros_(encoder[4][1].weight)
         nn.init.ones_(encoder[4][1].bias)
-        common.save_encoder(tmp_path / "flat.safetensors", encoder, architecture="small",
-                            stem="3x3")
+        common.save_encoder(
+            tmp_path / "flat.safetensors", encoder, architecture="small", stem="3x3"
+        )
         more = ["--init", tmp_path / "flat.safetensors", "--lr", 1e-9, "--head-layers", 1]
     rows = metrics(run(folder, tmp_path / "run", *more))
     printed = capsys.readouterr().out
@@ -425,10 +503,12 @@ def test_collapse_is_warned_of_with_what_to_turn(folder, tmp_path, capsys, colla
     assert (rows[-1]["entropy"] < 0.1) == collapsed
 
 
-@pytest.mark.parametrize(("losses", "warned"), [((1.39, 1.385), True), ((1.45, 1.40), False),
-                                                ((0.9, 0.8), False)])
+@pytest.mark.parametrize(
+    ("losses", "warned"), [((1.39, 1.385), True), ((1.45, 1.40), False), ((0.9, 0.8), False)]
+)
 def test_a_loss_that_stays_at_chance_is_warned_of_not_one_that_passes_it(
-        folder, tmp_path, monkeypatch, capsys, losses, warned):
+    folder, tmp_path, monkeypatch, capsys, losses, warned
+):
     steps, real = iter([losses[0]] * 6 + [losses[1]] * 6), swav.swapped_prediction_loss
 
     def given(*args):  # ln 4 is 1.386
@@ -454,15 +534,27 @@ def test_fewer_crops_take_the_first_sizes_and_scales(folder, tmp_path, seen):
     assert seen[1][0][0].shape == (2, 4, 4)
 
 
-@pytest.mark.parametrize("more", [
-    ["--crops", "1", "6"], ["--crops", "2", "0"], ["--crops", "2", "6", "3"],
-    ["--crop-sizes", "12", "--crops", "2", "6"], ["--crop-sizes", "12", "0"],
-    ["--crop-scales", "0.1", "1", "--crops", "2", "6"],
-    ["--crop-scales", "0.1", "1", "0.2", "0.1"], ["--crop-scales", "0.1", "1.1", "0.1", "0.2"],
-    ["--crop-scales", "0", "1", "0.1", "0.2"], ["--prototypes", "1"],
-    ["--crop-sizes", "1", "1"], ["--epsilon", "0"],
-    ["--queue-size", "-1"], ["--freeze-prototypes", "-1"], ["--queue-start", "nan"],
-], ids=lambda more: "".join(more))
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--crops", "1", "6"],
+        ["--crops", "2", "0"],
+        ["--crops", "2", "6", "3"],
+        ["--crop-sizes", "12", "--crops", "2", "6"],
+        ["--crop-sizes", "12", "0"],
+        ["--crop-scales", "0.1", "1", "--crops", "2", "6"],
+        ["--crop-scales", "0.1", "1", "0.2", "0.1"],
+        ["--crop-scales", "0.1", "1.1", "0.1", "0.2"],
+        ["--crop-scales", "0", "1", "0.1", "0.2"],
+        ["--prototypes", "1"],
+        ["--crop-sizes", "1", "1"],
+        ["--epsilon", "0"],
+        ["--queue-size", "-1"],
+        ["--freeze-prototypes", "-1"],
+        ["--queue-start", "nan"],
+    ],
+    ids=lambda more: "".join(more),
+)
 def test_bad_flags_are_refused_in_one_line(folder, tmp_path, capsys, more):
     argv = ["--data", folder, "--out", tmp_path / "run", *TINY, *more]
     assert more[0] in refused(capsys, swav.main, argv)

@@ -33,8 +33,9 @@ def noting(module, name, keys):
 def keeping(optimizer):
     class Keeping(optimizer):
         def step(self, closure=None):
-            gradients.append([p.grad.clone() for p in self.param_groups[0]["params"]
-                              if p.grad is not None])
+            gradients.append(
+                [p.grad.clone() for p in self.param_groups[0]["params"] if p.grad is not None]
+            )
             super().step(closure)
 
     return Keeping
@@ -47,9 +48,15 @@ elif method == "moco":
     noting(moco, "info_nce", ("q", "k"))
     moco.main(argv)
 else:  # an encoder without batch statistics, which each process has of its own on CPUs
+
     def build_encoder(*_, **__):
-        net = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.GroupNorm(2, 8), nn.Tanh(),
-                            nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        net = nn.Sequential(
+            nn.Conv2d(3, 8, 3, 2),
+            nn.GroupNorm(2, 8),
+            nn.Tanh(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
         net.width = 8
         return net
 

@@ -16,8 +16,9 @@ recipe = simclr.augmentation(["crop", "color", "gray"], 12, 0.08, 0.5)
 steps = list(common.batches(data, [(2, recipe)], 8, 0, 0, 3))
 
 torch.manual_seed(0)  # without batch statistics, which each process has of its own on CPUs
-net = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.GroupNorm(2, 8), nn.Tanh(), nn.Flatten(),
-                    nn.Linear(200, 6))
+net = nn.Sequential(
+    nn.Conv2d(3, 8, 3, 2), nn.GroupNorm(2, 8), nn.Tanh(), nn.Flatten(), nn.Linear(200, 6)
+)
 features = common.extract_features(net, common.ImageSet(test.images[:17], test.labels), 12)
 model = accelerator.prepare(net)
 for _, _, (views,) in steps:
@@ -29,8 +30,11 @@ for _, _, (views,) in steps:
 saved = {f"grad {name}": p.grad for name, p in net.named_parameters()}
 saved |= {"loss": loss.detach()[None], "features": features}
 saved |= {"index": torch.cat([accelerator.gather(index) for _, index, _ in steps])}
-saved |= {"views": torch.cat([accelerator.gather(views[0].transpose(0, 1).contiguous())
-                              for *_, views in steps])}
+saved |= {
+    "views": torch.cat(
+        [accelerator.gather(views[0].transpose(0, 1).contiguous()) for *_, views in steps]
+    )
+}
 if accelerator.is_main_process:
     torch.save(saved, out)
 accelerator.end_training()
