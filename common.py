@@ -1356,19 +1356,22 @@ def format_duration(minutes: float) -> str:
     return f"{seconds // 3600}h{seconds % 3600 // 60:02}m"
 
 
-def _columns(measures: Sequence[str]) -> list[str]:
-    return ["epoch", "loss", "chance", "spread", *measures, "images_per_s", "minutes_left"]
+def _columns(measures: Sequence[str]) -> dict[str, str]:
+    """The columns of the table: names, as wide as they are, by the keys of the metrics."""
+    keys = ["epoch", "loss", "chance", "spread", *measures, "images_per_s", "minutes_left"]
+    names = {key: COLUMN_NAMES.get(key, key) for key in keys}
+    return {key: name.rjust(max(9, len(name) + 2)) for key, name in names.items()}
 
 
 def format_header(measures: Sequence[str]) -> str:
     """The names of the columns of `format_row`."""
-    return "".join(f"{COLUMN_NAMES.get(key, key):>11}" for key in _columns(measures))
+    return "".join(_columns(measures).values())
 
 
 def format_row(row: dict, measures: Sequence[str]) -> str:
     """An epoch's metrics in columns; `measures` are blank in epochs that did not measure them."""
     line = ""
-    for key in _columns(measures):
+    for key, name in _columns(measures).items():
         value = row.get(key, "")
         if key == "minutes_left":
             value = format_duration(value)
@@ -1376,7 +1379,7 @@ def format_row(row: dict, measures: Sequence[str]) -> str:
             value = f"{value:.0f}" if value >= 10 else f"{value:.2g}"
         elif isinstance(value, float):
             value = f"{value:.2f}" if key in measures else f"{value:.4f}"
-        line += f"{value:>11}"
+        line += str(value).rjust(len(name))
     return line
 
 

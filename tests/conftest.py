@@ -16,6 +16,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
+
+import common
 
 os.environ["ACCELERATE_USE_CPU"] = "true"  # The tests are exact, so they do not use a GPU.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -71,6 +74,17 @@ def few(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def flat_encoder(tmp_path_factory):
+    """The file of an encoder that gives nearly the same features for all images."""
+    encoder = common.build_encoder("small")
+    nn.init.zeros_(encoder[4][1].weight)
+    nn.init.ones_(encoder[4][1].bias)
+    path = tmp_path_factory.mktemp("flat") / "encoder.safetensors"
+    common.save_encoder(path, encoder, architecture="small", stem="3x3")
+    return path
+
+
+@pytest.fixture(scope="session")
 def shared():
     """The data sets that developers have beside their checkout."""
     if not SHARED.is_dir():
@@ -90,9 +104,10 @@ def one_thread():
 
 
 def arguments(method: str, data: Path, out: Path, *more: object) -> list[str]:
-    """The command line of a tiny run."""
+    """The command line of a tiny run. `more` are flags and values, or text of several."""
     tiny = TINY_DRLIM if method == "drlim" else [*TINY, *OWN[method]]
-    return ["--data", str(data), "--out", str(out), *tiny, *map(str, more)]
+    words = [word for part in more for word in str(part).split()]
+    return ["--data", str(data), "--out", str(out), *tiny, *words]
 
 
 def run(method: str, data: Path, out: Path, *more: object) -> Path:

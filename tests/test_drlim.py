@@ -1,27 +1,39 @@
-"""drlim.py: loss, graphs and their pairs, network, the map's numbers and files, runs."""
+"""drlim.py: loss, graphs and their pairs, network, and the map with its numbers and files."""
 
 import json
 import math
-import signal
 import subprocess
-import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import command, finish, metrics, refused, write_folder
+from conftest import arguments, checkpoint, metrics, refused, start
+from conftest import run as run_tiny
 from PIL import Image
 from torch import nn
 
 import common
 import drlim
-from drlim import contrastive_loss, copies_rank, draw_map, draw_pairs, nearest, paper_network
+from drlim import (
+    Graph,
+    Samples,
+    build_graph,
+    contrastive_loss,
+    copies_rank,
+    find_nearest,
+    paper_network,
+    sample_pairs,
+)
+
+
+def run(data, out, *more):
+    """A tiny run of four epochs, which looks at the map after the second and the fourth."""
+    return run_tiny("drlim", data, out, "--epochs 4 --eval-every 2", *more)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """27 images of 3 classes, 18 to test."""
-    return write_folder(tmp_path_factory.mktemp("few") / "stripes", 9)
+def plain(few, tmp_path_factory):
+    return run(few, tmp_path_factory.mktemp("plain") / "run")
 
 
 SMALL = [
@@ -38,30 +50,11 @@ SMALL = [
 ]  # 54 pairs: 6 steps an epoch
 
 
-def arguments(folder, out, *more):
-    return ["--data", str(folder), "--out", str(out), *SMALL, *map(str, more)]
+# --------------------------------------------------------------------------------------
+# Loss
+# --------------------------------------------------------------------------------------
 
 
-def run(folder, out, *more):
-    drlim.main(arguments(folder, out, *more))
-    return out
-
-
-@pytest.fixture(scope="module")
-def plain(folder, tmp_path_factory):
-    return run(folder, tmp_path_factory.mktemp("plain") / "run")
-
-
-def checkpoint(out):
-    return torch.load(out / "checkpoint.pt", weights_only=True)
-
-
-def same_weights(a, b):
-    a, b = checkpoint(a)["model"], checkpoint(b)["model"]
-    return all(torch.equal(value, b[name]) for name, value in a.items())
-
-
-# ----------------------------------------------------------------------------------------- loss
 def slow_loss(g1, g2, dissimilar, margin):
     """Eq. 4, pair by pair."""
     total = 0
@@ -109,35 +102,40 @@ def test_it_refuses_other_shapes():
             contrastive_loss(*wrong, 1.0)
 
 
-# ---------------------------------------------------------------------------------------- graphs
+# --------------------------------------------------------------------------------------
+# Graphs
+# --------------------------------------------------------------------------------------
+
+
 def test_nearest_are_the_nearest():
     x, bank = torch.rand(50, 7, dtype=torch.float64), torch.rand(31, 7, dtype=torch.float64)
     slow = torch.stack([(bank - row).norm(dim=1).argsort()[:4] for row in x])
-    assert torch.equal(nearest(x, bank, 4), slow)
+    assert torch.equal(find_nearest(x, bank, 4), slow)
     bank[3] = bank[5]  # equal rows are neighbours; a row is not its own
-    own = nearest(bank, bank, 4, itself=True)
+    own = find_nearest(bank, bank, 4, is_bank=True)
     assert own[3, 0] == 5 and own[5, 0] == 3
     assert not (own == torch.arange(31)[:, None]).any()
 
 
 def test_chunks_do_not_change_who_is_nearest(monkeypatch):
     x = torch.rand(50, 3, dtype=torch.float64)
-    whole = nearest(x, x, 3, itself=True)
+    whole = find_nearest(x, x, 3, is_bank=True)
     sizes, real = [], torch.cdist
     monkeypatch.setattr(torch, "cdist", lambda a, b: sizes.append(len(a)) or real(a, b))
     monkeypatch.setitem(drlim.__dict__, "max", lambda a, b: 7)
-    assert torch.equal(nearest(x, x, 3, itself=True), whole) and sizes == [7] * 7 + [1]
+    assert torch.equal(find_nearest(x, x, 3, is_bank=True), whole) and sizes == [7] * 7 + [1]
 
 
 def pairs_of(edges, partners, labels=None, copies=1, ratio=2.0, seed=0):
-    i, pairs, Y = draw_pairs(edges, partners, labels, copies, ratio, common.generator(seed))
+    graph = Graph(partners, copies, labels)
+    i, pairs, Y = sample_pairs(graph, edges, ratio, common.generator(seed))
     return i, i[pairs], Y
 
 
 def test_similar_pairs_are_the_edges_and_no_neighbour_is_ever_dissimilar():
     torch.manual_seed(0)
     x = torch.rand(12, 2)
-    partners = nearest(x, x, 3, itself=True)
+    partners = find_nearest(x, x, 3, is_bank=True)
     known = {(n, int(m)) for n in range(12) for m in partners[n]}
     seen = set()
     for seed in range(60):
@@ -157,7 +155,7 @@ def test_similar_pairs_are_the_edges_and_no_neighbour_is_ever_dissimilar():
 def test_copies_of_an_image_and_of_its_neighbours_are_similar_in_all_shifts():
     torch.manual_seed(0)
     x = torch.rand(10, 2)
-    partners = torch.cat([nearest(x, x, 2, itself=True), torch.arange(10)[:, None]], 1)
+    partners = torch.cat([find_nearest(x, x, 2, is_bank=True), torch.arange(10)[:, None]], 1)
     near, own = set(), set()
     for seed in range(200):
         edges = torch.randperm(30)[:8]
@@ -187,35 +185,48 @@ def test_labels_decide_where_they_are_the_graph_and_one_class_leaves_no_dissimil
 
 @pytest.mark.parametrize("ratio", [0.1, 1.0, 7.0])
 def test_pairs_are_drawn_in_the_stated_ratio(ratio):
-    partners = nearest(x := torch.rand(40, 2), x, 2, itself=True)
+    partners = find_nearest(x := torch.rand(40, 2), x, 2, is_bank=True)
     _, pairs, Y = pairs_of(torch.arange(0, 80, 4), partners, ratio=ratio)
     assert Y.sum() == round(20 * ratio) and len(pairs) == 20 + Y.sum()
 
 
-@pytest.mark.parametrize("graph", ["neighbours", "shifts", "labels"])
-def test_an_epoch_passes_each_similar_pair_once_and_runs_use_their_graph(
-    graph, folder, tmp_path, monkeypatch
-):
-    calls, real = [], draw_pairs
-    monkeypatch.setattr(drlim, "draw_pairs", lambda *a: calls.append(a) or real(*a))
-    run(folder, tmp_path / "run", "--graph", graph, "--epochs", 2)
-    edges = torch.cat([a[0] for a in calls]).view(2, -1)
-    partners, labels, copies = calls[0][1:4]
-    assert torch.equal(edges[0].sort().values, torch.arange(partners.numel()))
+def test_an_epoch_goes_through_each_similar_pair_once(few, tmp_path, monkeypatch):
+    calls, real = [], sample_pairs
+    monkeypatch.setattr(drlim, "sample_pairs", lambda *a: calls.append(a) or real(*a))
+    run(few, tmp_path / "run", "--epochs 2")
+    edges = torch.cat([edges for _, edges, *_ in calls]).view(2, -1)
+    assert torch.equal(edges[0].sort().values, torch.arange(calls[0][0].partners.numel()))
     assert not torch.equal(edges[0], edges[1])
-    train = common.load_splits(str(folder), "", None, torch.device("cpu"), 1)[1]
-    if graph == "labels":
-        assert torch.equal(labels, train.labels)
-        assert (labels[partners] == labels[:, None]).all()
-        assert not (partners == torch.arange(27)[:, None]).any()
+
+
+@pytest.mark.parametrize("kind", ["neighbours", "shifts", "labels"])
+def test_the_graph_joins_what_is_similar(kind):
+    rng, copies = common.generator(1), 3
+    x = torch.rand(12 * copies, 1, 2, 2, generator=rng, dtype=torch.float64)
+    labels = torch.arange(12 * copies) // 6 % 2
+    samples = Samples(x, labels, torch.arange(12 * copies))
+    graph = build_graph(kind, samples, 2, copies, seed=0)
+    unshifted = x if kind == "neighbours" else x[::copies]
+    distance = (unshifted.flatten(1)[:, None] - unshifted.flatten(1)).norm(dim=2)
+    nearest = distance.fill_diagonal_(math.inf).argsort(1)[:, :2]
+    if kind == "neighbours":  # copies are samples like all others
+        assert torch.equal(graph.partners, nearest) and graph.copies == 1
+    elif kind == "shifts":  # an image is a partner of itself, by its other copies
+        itself = torch.arange(12)[:, None]
+        assert torch.equal(graph.partners, torch.cat([nearest, itself], 1)) and graph.copies == 3
     else:
-        x = train.images.double().mean(1).flatten(1)
-        slow = (x[:, None] - x).norm(dim=2).fill_diagonal_(math.inf).argsort(1)[:, :2]
-        assert torch.equal(partners[:, :2], slow) and labels is None
-        assert (partners.shape[1], copies) == ((3, 5) if graph == "shifts" else (2, 1))
+        assert torch.equal(graph.labels, labels) and graph.partners.shape == (36, 2)
+        assert (labels[graph.partners] == labels[:, None]).all()
+        assert not (graph.partners == torch.arange(36)[:, None]).any()
+        other = build_graph(kind, samples, 2, copies, seed=1)
+        assert not torch.equal(graph.partners, other.partners)
 
 
-# --------------------------------------------------------------------------------- model and map
+# --------------------------------------------------------------------------------------
+# Model and map
+# --------------------------------------------------------------------------------------
+
+
 def test_the_network_is_the_papers():
     net = paper_network()
     shapes = []
@@ -229,8 +240,8 @@ def test_the_network_is_the_papers():
     ]
 
 
-def test_the_network_sees_grey_images_in_the_middle_of_32_pixels_and_their_copies_shifted(
-    folder, tmp_path, monkeypatch
+def test_the_network_sees_gray_images_in_the_middle_of_32_pixels_and_their_copies_shifted(
+    few, tmp_path, monkeypatch
 ):
     seen, real = [], drlim.paper_network
 
@@ -240,14 +251,14 @@ def test_the_network_sees_grey_images_in_the_middle_of_32_pixels_and_their_copie
         return net
 
     monkeypatch.setattr(drlim, "paper_network", network)
-    run(folder, tmp_path / "run", "--epochs", 1, "--shifts", 3, -2)
-    x_test, x = seen[-2:]  # the last look at the map
-    train = common.load_splits(str(folder), "", None, torch.device("cpu"), 1)[1]
-    grey = train.images.float().mean(1) / 255
+    run(few, tmp_path / "run", "--epochs", 1, "--shifts", 3, -2)
+    x, x_test = seen[-2:]  # the last look at the map
+    train = common.load_splits(str(few), "", None, torch.device("cpu"), 1)[1]
+    gray = train.pixels.float().mean(1) / 255
     assert x.shape == (81, 1, 32, 32) and x_test.shape == (54, 1, 32, 32)
     for s, shift in enumerate((0, 3, -2)):
         expected = torch.zeros(27, 32, 32)
-        expected[:, 10:22, 10 + shift : 22 + shift] = grey
+        expected[:, 10:22, 10 + shift : 22 + shift] = gray
         torch.testing.assert_close(x[s::3, 0], expected, atol=1e-6, rtol=0)
 
 
@@ -265,7 +276,7 @@ def test_rank_of_copies_counts_ties_against_us():
 def test_thumbnails_lie_at_their_places_in_the_frame_of_their_kind():
     images = torch.stack([torch.full((1, 6, 6), v) for v in (0.2, 0.4, 0.6)])
     kinds = torch.tensor([4, 4, 9])
-    picture = draw_map(torch.tensor([[0.0, 0], [4, 0], [4, 2]]), images, kinds, 90)
+    picture = common.draw_map(torch.tensor([[0.0, 0], [4, 0], [4, 2]]), images, kinds, 90)
     assert picture.shape == (3, 90, 90)
     for (top, left), value in zip(((20, 0), (20, 80), (60, 80)), (0.2, 0.4, 0.6), strict=True):
         assert (picture[:, top + 2 : top + 8, left + 2 : left + 8] == value).all()
@@ -274,7 +285,7 @@ def test_thumbnails_lie_at_their_places_in_the_frame_of_their_kind():
     assert (picture[:, :20] == 1).all() and (picture[:, 70:] == 1).all()
 
 
-def test_a_run_leaves_its_numbers_and_map_whose_accuracy_follows_from_it(plain, folder):
+def test_a_run_leaves_its_numbers_and_map_whose_accuracy_follows_from_it(plain, few):
     assert {path.name for path in plain.iterdir()} == {
         "config.json",
         "metrics.jsonl",
@@ -308,8 +319,8 @@ def test_a_run_leaves_its_numbers_and_map_whose_accuracy_follows_from_it(plain, 
     assert table[0]["flatness"] == pytest.approx((values[1] / values[0]).item())
     assert Image.open(plain / "map.png").size == (2006, 1004)
     x, x_test = (
-        v.images.double().mean(1).flatten(1) / 255
-        for v in common.load_splits(str(folder), "", None, torch.device("cpu"), 1)[1:]
+        v.pixels.double().mean(1).flatten(1) / 255
+        for v in common.load_splits(str(few), "", None, torch.device("cpu"), 1)[1:]
     )
     votes = [labels[(x - row).norm(dim=1).argsort()[:5]].bincount(minlength=3) for row in x_test]
     hits = torch.stack(votes).argmax(1) == y
@@ -323,101 +334,37 @@ def test_a_run_leaves_its_numbers_and_map_whose_accuracy_follows_from_it(plain, 
 
 
 def test_chance_is_the_loss_of_a_map_that_is_one_point_and_is_warned_of(
-    folder, tmp_path, monkeypatch, capsys
+    few, tmp_path, monkeypatch, capsys
 ):
     real = drlim.gather
     monkeypatch.setattr(drlim, "gather", lambda z, a: 0 * real(z, a))
     for ratio in (0.01, 0.3, 2):  # of 9 pairs: 1 (at least), 3, 18 dissimilar
-        rows = metrics(run(folder, tmp_path / str(ratio), "--ratio", ratio, "--margin", 1.5))
+        rows = metrics(run(few, tmp_path / str(ratio), "--ratio", ratio, "--margin", 1.5))
         assert all(row["loss"] == pytest.approx(row["chance"], rel=1e-6) for row in rows)
         assert "collapses to a point" in capsys.readouterr().out
 
 
-def test_a_small_margin_is_no_collapse(folder, tmp_path, capsys):
-    rows = metrics(run(folder, tmp_path / "run", "--margin", 0.001, "--epochs", 1))
+def test_a_small_margin_is_no_collapse(few, tmp_path, capsys):
+    rows = metrics(run(few, tmp_path / "run", "--margin", 0.001, "--epochs", 1))
     assert rows[0]["spread"] > 1 and "warning" not in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------------------- runs
-def test_training_separates_what_the_graph_separates(folder, tmp_path, capsys):
-    out = run(
-        folder, tmp_path / "run", "--graph", "labels", "--epochs", 30, "--lr", 0.01, "--ratio", 1
-    )
-    rows = metrics(out)
-    assert rows[-1]["loss"] < 0.2 * rows[0]["loss"] and "warning" not in capsys.readouterr().out
-    assert rows[-1]["lr"] < 1e-4 < 0.009 < rows[0]["lr"]
-
-
-def test_the_same_seed_gives_the_same_run(plain, folder, tmp_path):
-    again = run(folder, tmp_path / "again")
-    assert same_weights(again, plain)
-    assert (again / "results.json").read_text() == (plain / "results.json").read_text()
-    assert (again / "map.npz").read_bytes() == (plain / "map.npz").read_bytes()
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_an_interrupted_run_ends_bit_identical(folder, tmp_path, number):
-    whole, out = run(folder, tmp_path / "whole", "--epochs", 60), tmp_path / "run"
-    argv = arguments(folder, out, "--epochs", 60)
-    process = command("drlim.py", *argv)
-    while not (out / "checkpoint.pt").exists() and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(number)
-    code, _, err = finish(process)
-    assert code == (-9 if number == signal.SIGKILL else 128 + number), err
-    step = checkpoint(out)["step"]
-    assert 0 < step < 360 and not (out / "results.json").exists() and "Traceback" not in err
-    code, text, err = finish(command("drlim.py", *argv))
-    assert code == 0 and f"going on after step {step} of 360" in text, err
-    ends = checkpoint(whole), checkpoint(out)
-    assert same_weights(whole, out) and ends[0]["step"] == ends[1]["step"]
-    for a, b in zip(*(end["optimizer"]["state"].values() for end in ends), strict=True):
-        assert torch.equal(a["exp_avg"], b["exp_avg"]) and torch.equal(a["step"], b["step"])
-    for a, b in zip(metrics(whole), metrics(out), strict=True):
-        assert {k: v for k, v in a.items() if k not in ("images_per_s", "minutes_left")} == {
-            k: v for k, v in b.items() if k not in ("images_per_s", "minutes_left")
-        }
-    assert (whole / "results.json").read_text() == (out / "results.json").read_text()
-
-
-def test_each_flag_changes_the_result(plain, folder, tmp_path):
-    changes = [
-        ["--seed", 1],
-        ["--lr", 0.01],
-        ["--margin", 3],
-        ["--ratio", 2],
-        ["--neighbours", 3],
-        ["--batch-size", 6],
-        ["--epochs", 3],
-        ["--graph", "labels"],
-        ["--graph", "shifts"],
-        ["--shifts", 1],
-        ["--classes", "along", "both"],
-        ["--per-class", 6],
-        ["--image-size", 10],
-    ]
-    for i, more in enumerate(changes):
-        assert not same_weights(run(folder, tmp_path / str(i), *more), plain), more
-    for i, more in enumerate([["--eval-every", 3], ["--workers", 2], ["--root", "elsewhere"]]):
-        assert same_weights(run(folder, tmp_path / f"no{i}", *more), plain), more
-
-
-def test_classes_by_name_or_number_and_images_per_class_are_the_same_each_time(folder, tmp_path):
-    out = run(folder, tmp_path / "run", "--classes", "both", 0, "--per-class", 5)
+def test_classes_by_name_or_number_and_images_per_class_are_the_same_each_time(few, tmp_path):
+    out = run(few, tmp_path / "run", "--classes", "both", 0, "--per-class", 5)
     with np.load(out / "map.npz") as file:
         assert sorted({*file["labels"].tolist()}) == [0, 2] and len(file["labels"]) == 12
         numbers, labels = file["train_indices"], file["train_labels"]
         assert np.bincount(labels).tolist() == [5, 0, 5]
-        train = common.load_splits(str(folder), "", None, torch.device("cpu"), 1)[1]
+        train = common.load_splits(str(few), "", None, torch.device("cpu"), 1)[1]
         assert train.labels[numbers].tolist() == labels.tolist()
-    other = run(folder, tmp_path / "other", "--classes", "both", 0, "--per-class", 5, "--seed", 3)
+    other = run(few, tmp_path / "other", "--classes", "both", 0, "--per-class", 5, "--seed", 3)
     with np.load(other / "map.npz") as file:
         assert np.array_equal(file["train_indices"], numbers)
 
 
 @pytest.mark.parametrize("dim", [1, 3, 40])
-def test_a_resnet_and_other_dimensions(folder, tmp_path, dim):
-    out = run(folder, tmp_path / "run", "--arch", "small", "--dim", dim, "--epochs", 1)
+def test_a_resnet_and_other_dimensions(few, tmp_path, dim):
+    out = run(few, tmp_path / "run", "--arch", "small", "--dim", dim, "--epochs", 1)
     with np.load(out / "map.npz") as file:
         assert file["coordinates"].shape == (18, dim)
     encoder, about = common.load_encoder(out / "encoder.safetensors")
@@ -426,110 +373,45 @@ def test_a_resnet_and_other_dimensions(folder, tmp_path, dim):
     assert all(torch.equal(v, weights[f"0.{name}"]) for name, v in encoder.state_dict().items())
 
 
-def test_images_without_classes_have_a_map_of_their_own(folder, tmp_path):
-    out = run(folder / "train" / "along", tmp_path / "run", "--batch-size", 4)
+def test_images_without_classes_have_a_map_of_their_own(few, tmp_path):
+    out = run(few / "train" / "along", tmp_path / "run", "--batch-size", 4)
     assert "5-NN" not in json.loads((out / "results.json").read_text())[0]
     with np.load(out / "map.npz") as file:
         assert len(file["coordinates"]) == len(file["train_coordinates"]) == 9
 
 
-def test_ranks_are_shown_where_there_are_copies(folder, tmp_path):
+def test_ranks_are_shown_where_there_are_copies(few, tmp_path):
     for graph in ("shifts", "neighbours"):
-        out = run(folder, tmp_path / graph, "--graph", graph, "--shifts", -2, 2, "--epochs", 2)
+        out = run(few, tmp_path / graph, "--graph", graph, "--shifts", -2, 2, "--epochs", 2)
         with np.load(out / "map.npz") as file:
             rank = copies_rank(torch.from_numpy(file["coordinates"]), 3)
         assert json.loads((out / "results.json").read_text())[0]["rank"] == rank
         assert metrics(out)[-1]["rank"] == rank
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        ["--margin", "0"],
-        ["--margin", "nan"],
-        ["--ratio", "0"],
-        ["--epochs", "0"],
-        ["--dim", "0"],
-        ["--classes", "7"],
-        ["--classes", "nowhere"],
-        ["--neighbours", "26"],
-        ["--batch-size", "55"],
-        ["--graph", "labels", "--classes", "0"],
-        ["--graph", "labels", "--classes", "0", "across"],
-        ["--batch-size", "1"],
-        ["--image-size", "1"],
-        ["--graph", "labels", "--neighbours", "9"],
-        ["--image-size", "33"],
-        ["--shifts", "12"],
-        ["--lr", "-1"],
-        ["--seed", "-1"],
-        ["--data", "cifar11"],
-        ["--arch", "vgg"],
-        ["--epoch", "3"],
-    ],
-    ids="".join,
-)
-def test_bad_input_is_refused_in_one_line_before_training(folder, tmp_path, capsys, more):
-    error = refused(capsys, drlim.main, arguments(folder, tmp_path / "run", *more))
-    assert more[0] in error or more[1] in error
-    assert not (tmp_path / "run" / "checkpoint.pt").exists()
-
-
-def test_other_settings_a_damaged_run_and_other_files_are_refused(plain, tmp_path, capsys):
-    folder = write_folder(tmp_path / "data", 9)
-    out = run(folder, tmp_path / "run")
-    error = refused(capsys, drlim.main, arguments(folder, out, "--margin", 2))
-    assert "margin" in error and "seed" not in error
-    before = (out / "checkpoint.pt").read_bytes()
-    run(folder, out)
-    assert "finished" in capsys.readouterr().out
-    assert (out / "checkpoint.pt").read_bytes() == before
-    (folder / "train" / "along" / "0.png").unlink()
-    assert "images" in refused(capsys, drlim.main, arguments(folder, out))
-    (out / "config.json").write_text("{")
-    assert "no folder of a run" in refused(capsys, drlim.main, arguments(folder, out))
-
-
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
-    folder, tmp_path, monkeypatch, capsys
-):
-    calls, real = [], contrastive_loss
-
-    def breaks(*args):  # in epoch 3
-        calls.append(0)
-        return real(*args) * (math.nan if len(calls) == 15 else 1)
-
-    monkeypatch.setattr(drlim, "contrastive_loss", breaks)
+def test_a_map_that_is_not_finite_is_one_line(few, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
-        run(folder, tmp_path / "run")
-    assert exit_.value.code == 2 and "epoch 3 is not finite" in capsys.readouterr().err
-    state = checkpoint(tmp_path / "run")
-    assert state["step"] == 12 and all(v.isfinite().all() for v in state["model"].values())
-
-
-def test_a_set_that_does_not_fit_and_a_map_that_is_not_finite_are_one_line(
-    folder, tmp_path, capsys, monkeypatch
-):
-    with pytest.raises(SystemExit) as exit_:
-        run(folder, tmp_path / "run", "--lr", 1e18, "--batch-size", 54, "--eval-every", 1)
+        run(few, tmp_path / "run", "--lr 1e18 --batch-size 54 --eval-every 1")
     assert exit_.value.code == 2 and "not finite" in capsys.readouterr().err
+
+
+def test_images_that_do_not_fit_in_memory_are_refused(few, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(common, "MEMORY_LIMIT", 27 * 12 * 12 * 3 * 4 - 1)
-    error = refused(capsys, drlim.main, arguments(folder, tmp_path / "large"))
+    error = refused(capsys, drlim.main, arguments("drlim", few, tmp_path / "run"))
     assert "27 images do not fit" in error
 
 
-def test_bfloat16_trains_float32_weights(plain, folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch` does
-    code, _, err = finish(command("drlim.py", *arguments(folder, tmp_path / "run")))
-    assert code == 0, err
-    assert all(v.dtype == torch.float32 for v in checkpoint(tmp_path / "run")["model"].values())
-    exact, rounded = (metrics(out)[0]["loss"] for out in (plain, tmp_path / "run"))
-    assert 0 < abs(exact - rounded) < 0.05
-    with np.load(tmp_path / "run" / "map.npz") as file:  # the map is not rounded
+def test_bfloat16_leaves_the_map_in_float32(few, tmp_path):
+    argv = arguments("drlim", few, tmp_path / "run")
+    bf16 = {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    code, text = start("drlim", *argv, output=tmp_path / "text", environment=bf16).wait()
+    assert code == 0, text
+    with np.load(tmp_path / "run" / "map.npz") as file:
         g = torch.from_numpy(file["coordinates"])
     assert not torch.equal(g, g.bfloat16().float())
 
 
+@pytest.mark.slow
 def test_fours_and_nines_lie_apart_without_a_label(shared, tmp_path):
     subprocess.run(
         ["bash", shared / "unpack.sh", tmp_path / "data"], check=True, capture_output=True

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import common
-from common import ImageSet, generator, knn_predict, linear_probe
+from common import ImagesInMemory, generator, knn_predict, linear_probe
 
 
 def test_knn_vector():
@@ -114,11 +114,11 @@ def test_held_out_tenth_has_every_class():
 
 def test_some_of_each_class():
     labels = torch.tensor([0, 1, 1, 2, 2, 2, 0, 1])
-    index = common.some_of_each(labels, 2, generator(4))
+    index = common.draw_per_class(labels, 2, generator(4))
     assert labels[index].tolist() == [0, 0, 1, 1, 2, 2] and len(index.unique()) == 6
-    assert not torch.equal(index, common.some_of_each(labels, 2, generator(5)))
+    assert not torch.equal(index, common.draw_per_class(labels, 2, generator(5)))
     labels = torch.arange(3).repeat_interleave(torch.tensor([2, 20, 49]))
-    index = common.some_of_each(labels, 0.1, generator(4))  # at least one
+    index = common.draw_per_class(labels, 0.1, generator(4))  # at least one
     assert labels[index].bincount().tolist() == [1, 2, 5] and len(index.unique()) == 8
 
 
@@ -195,12 +195,12 @@ def test_a_file_that_is_no_encoder_is_refused_in_one_line(tmp_path, capsys, cont
 def test_features_are_those_of_the_encoder_in_eval_mode():
     torch.manual_seed(0)
     encoder = common.build_encoder("small").train()
-    data = ImageSet(torch.randint(256, (7, 3, 12, 16), dtype=torch.uint8), torch.zeros(7))
+    data = ImagesInMemory(torch.randint(256, (7, 3, 12, 16), dtype=torch.uint8), torch.zeros(7))
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
     h = common.extract_features(encoder, data, 12, batch=3)
     assert encoder.training and not h.requires_grad
     assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
-    middle = data.images[:, :, :, 2:14] / 255
+    middle = data.pixels[:, :, :, 2:14] / 255
     torch.testing.assert_close(h, encoder.eval()(middle).detach(), atol=1e-5, rtol=1e-4)
 
 
@@ -214,22 +214,26 @@ def test_comparison_tells_good_features_from_bad_and_counts_labels():
         def forward(self, x):
             return F.one_hot((x[:, 0, 0, 0] * 2.55).round().long(), 3).float() + 0.1
 
-    data = ImageSet(pixels, y)
+    data = ImagesInMemory(pixels, y)
     about = {"method": "good", "architecture": "small", "stem": "3x3", "image_size": 8}
-    rows = common.compare(Good(), about, data, data, seed=0)
+    rows = common.compare_features(Good(), about, data, data, seed=0)
     assert [row["features"] for row in rows] == ["good", "random", "raw pixels"]
     assert rows[0]["kNN"] == rows[0]["linear"] == rows[0]["linear (10 a class)"] == 100
     assert rows[2]["kNN (10 a class)"] < 80
-    assert rows[1] == common.compare(Good(), about, data, data, seed=0)[1]  # by the seed
-    few = ImageSet(pixels[:20], y[:20])
-    assert set(common.compare(Good(), about, few, data, 0)[0]) == {"features", "kNN", "linear"}
-    assert "raw pixels" in common.table(rows) and "100.0" in common.table(rows)
+    assert rows[1] == common.compare_features(Good(), about, data, data, seed=0)[1]  # by the seed
+    few = ImagesInMemory(pixels[:20], y[:20])
+    assert set(common.compare_features(Good(), about, few, data, 0)[0]) == {
+        "features",
+        "kNN",
+        "linear",
+    }
+    assert "raw pixels" in common.format_table(rows) and "100.0" in common.format_table(rows)
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("before")
-    with pytest.raises(RuntimeError), common.written_aside(path) as aside:
+    with pytest.raises(RuntimeError), common.atomic_write(path) as aside:
         aside.write_text("half")
         raise RuntimeError
     assert path.read_text() == "before"

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, command, finish, refused, write_folder
+from conftest import ROOT, refused, start, write_folder
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -89,7 +89,7 @@ def test_results_are_added_and_pictures_framed(encoder):
     assert results(encoder)[0]["settings"]["protocol"] == "knn"
     assert encoder.read_bytes() == before
     names = {path.name for path in encoder.parent.iterdir()}
-    assert names == {"encoder.safetensors", "eval.json", "neighbours.png"}
+    assert names == {"encoder.safetensors", "eval.json", "neighbours.png", "map.png"}
     with Image.open(encoder.parent / "neighbours.png") as picture:
         colours = {colour for _, colour in picture.convert("RGB").getcolors(10**6)}
         assert (26, 179, 51) in colours and (230, 26, 26) in colours  # right and wrong
@@ -231,13 +231,17 @@ def test_bad_files_are_refused_in_one_line(encoder, folder, tmp_path, capsys):
     assert (encoder.parent / "eval.json").read_text() == "not json"
 
 
-# --------------------------------------------------------------------- training on crops and flips
+# --------------------------------------------------------------------------------------
+# Training on crops and flips
+# --------------------------------------------------------------------------------------
+
+
 def stripes(folder, labels=None):
     bank = common.load_splits(str(folder), "nowhere", None, torch.device("cpu"), 1)[1]
     return (
         bank
         if labels is None
-        else bank.take(common.some_of_each(bank.labels, labels, common.generator(0)))
+        else bank.take(common.draw_per_class(bank.labels, labels, common.generator(0)))
     )
 
 
@@ -261,12 +265,13 @@ def test_linear_augmented_is_the_recipes_sgd_on_crops_and_flips(folder, name):
     w, v = [p.detach().clone() for p in head.parameters()], [0.0, 0.0]
     crop, steps = common.RandomResizedCrop(12, (0.08, 1.0), flip=0.5), 4 * 3
     for step in range(steps):
-        index, (((u, flip),),) = common.draw(48, [(1, [crop])], 16, 5, torch.arange(16), step)
+        plan = common.draw_plan(48, [(1, [crop])], 16, 5, torch.arange(16), step)
+        index, (*u, flip) = plan.index, plan.views[0].parameters[0]
         x = torch.stack(
             [
                 TF.resized_crop(image / 255, *box, [12, 12], antialias=True)
                 for image, box in zip(
-                    data.images[index], crop.boxes(u, 12, 12).tolist(), strict=True
+                    data.pixels[index], crop.boxes(*u, 12, 12).tolist(), strict=True
                 )
             ]
         )
@@ -386,17 +391,19 @@ def test_finetuning_is_as_long_as_simclrs_where_there_are_images(tmp_path, capsy
 @pytest.mark.parametrize("protocol", ["finetune", "linear-augmented"])
 def test_only_the_labelled_images_are_trained_on(encoder, monkeypatch, protocol):
     seen, real = [], common.batches
-    monkeypatch.setattr(common, "batches", lambda data, *a: seen.append(data) or real(data, *a))
+    monkeypatch.setattr(
+        common, "batches", lambda data, *a, **k: seen.append(data) or real(data, *a, **k)
+    )
     argv = [str(encoder), "--protocol", protocol, "--epochs", "2", "--seeds", "2"]
     main([*argv, "--labels", "4"])
     assert [data.labels.bincount().tolist() for data in seen] == [[4, 4, 4]] * 2
-    assert not torch.equal(seen[0].images, seen[1].images)
+    assert not torch.equal(seen[0].pixels, seen[1].pixels)
     main(argv)
     assert len(seen[2]) == 48
 
 
 def test_one_labelled_image_is_too_few(encoder, capsys):
-    assert "2) are needed" in refused(capsys, main, [encoder, "--limit", "1"])
+    assert "2 are needed" in refused(capsys, main, [encoder, "--limit", "1"])
 
 
 def test_a_share_of_the_labels_is_drawn_of_each_class(encoder, folder, monkeypatch):
@@ -437,34 +444,29 @@ PROTOCOLS = [
 ]
 
 
+def evaluate_all(path, out):
+    """All protocols, one after the other, in one process or in several."""
+    for protocol, *more in PROTOCOLS:
+        argv = ["--seeds", "2", "--batch-size", "12", "--out", f"{out}/{protocol}", *more]
+        main([path, "--protocol", protocol, *argv])
+
+
 def test_two_processes_give_exactly_the_accuracy_of_one(tmp_path):
     folder = write_folder(tmp_path / "set", 16, 7)  # 21 test images: 11 and 10
     torch.manual_seed(7)
-    for processes in (1, 2):
-        torch.manual_seed(7)
-        about = {"architecture": "small", "stem": "3x3", "image_size": 12, "data": folder}
-        path = tmp_path / str(processes) / "encoder.safetensors"
-        path.parent.mkdir()
-        common.save_encoder(path, common.build_encoder("small"), **about)
-        running = [
-            command(
-                "linear_eval.py",
-                path,
-                "--seeds",
-                "2",
-                "--batch-size",
-                "12",
-                "--out",
-                path.parent / p[0],
-                "--protocol",
-                *p,
-                processes=processes,
-            )
-            for p in PROTOCOLS
-        ]
-        for process in running:
-            code, _, err = finish(process)
-            assert code == 0, err
+    about = {"architecture": "small", "stem": "3x3", "image_size": 12, "data": folder}
+    path = tmp_path / "encoder.safetensors"
+    common.save_encoder(path, common.build_encoder("small"), **about)
+    for n in (1, 2):
+        started = start(
+            "test_linear_eval.evaluate_all",
+            path,
+            tmp_path / str(n),
+            output=tmp_path / f"{n}.txt",
+            processes=n,
+        )
+        code, text = started.wait()
+        assert code == 0 and text.count("wrote ") == 4, text
     for protocol, *_ in PROTOCOLS:
         one, two = (
             json.loads((tmp_path / n / protocol / "eval.json").read_text())[0] for n in ("1", "2")
@@ -473,10 +475,10 @@ def test_two_processes_give_exactly_the_accuracy_of_one(tmp_path):
         assert one["runs"] == two["runs"] and one["per-class"] == two["per-class"]
 
 
-def test_a_batch_that_processes_cannot_share_is_refused(encoder):
+def test_a_batch_that_processes_cannot_share_is_refused(encoder, tmp_path):
     argv = [encoder, "--protocol", "finetune", "--batch-size", "9"]
-    code, _, err = finish(command("linear_eval.py", *argv, processes=2))
-    assert code != 0 and err.count("error: --batch-size") == 1
+    code, text = start("linear_eval", *argv, output=tmp_path / "text", processes=2).wait()
+    assert code == 2 and text.count("error: --batch-size") == 1
 
 
 def test_progress_is_shown_on_a_terminal(encoder):
@@ -499,7 +501,35 @@ def test_progress_is_shown_on_a_terminal(encoder):
     assert process.wait() == 0 and b"seed 0" in shown and b"features" in shown
 
 
-# -------------------------------------------------------------------------- foreign checkpoints
+def test_map_png_shows_test_images_at_their_principal_components(encoder, folder):
+    main([str(encoder), "--protocol", "knn", "--seeds", "1"])
+    with Image.open(encoder.parent / "map.png") as picture:
+        drawn = torch.from_numpy(np.asarray(picture.convert("RGB"))).permute(2, 0, 1)[None] / 255
+    net, _ = common.load_encoder(encoder)
+    test = common.load_splits(str(folder), "nowhere", None, torch.device("cpu"), 1)[2]
+    h = common.extract_features(net, test, 12)
+    axes = torch.linalg.svd(h - h.mean(0), full_matrices=False)[2][:2].T
+    places = (h - h.mean(0)) @ axes
+    places = (places - places.amin(0)) / (places.amax(0) - places.amin(0))[0]
+    is_image = (drawn != 1).any(1)[0]  # the picture is white elsewhere
+    left, right = is_image.any(0).nonzero()[[0, -1], 0].tolist()
+    assert (left, right) == (0, 999)  # The first axis is the longer one: it fills the width.
+    # Each image stands at its place, or mirrored, since the sign of an axis is arbitrary.
+    expected = sorted((places[:, 0] * 984).long().tolist())
+    mirrored = sorted(((1 - places[:, 0]) * 984).long().tolist())
+    columns = is_image.any(0).tolist()
+    starts = [x for x in range(985) if columns[x] and not (x and columns[x - 1])]
+    for known in (expected, mirrored):
+        if all(any(abs(x - y) <= 1 for y in known) for x in starts):
+            return
+    raise AssertionError((starts, expected, mirrored))
+
+
+# --------------------------------------------------------------------------------------
+# Foreign checkpoints
+# --------------------------------------------------------------------------------------
+
+
 def resnet(architecture="resnet18", stem="7x7", seed=1):
     torch.manual_seed(seed)
     net = common.build_encoder(architecture, stem)
@@ -647,7 +677,7 @@ def test_foreign_encoders_are_evaluated_with_imagenets_statistics(tmp_path, fold
     test = common.load_splits(str(folder), "nowhere", None, torch.device("cpu"), 1)[2]
     main([*argv[:-1], "--normalize", "cifar10"])
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
-    x = test.centres(torch.arange(len(test)), 32)
+    x = test.centers(torch.arange(len(test)), 32)
     with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "b.npz") as b, torch.no_grad():
         expected = net.eval()((x - mean) / std).numpy()
         np.testing.assert_allclose(a["test"], expected, atol=1e-3, rtol=1e-3)

@@ -36,16 +36,16 @@ def close(ours, theirs):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_crop_is_torchvisions_antialiased_resized_crop(size, channels):
     x, crop = images(channels), RandomResizedCrop(size, flip=0.5)
-    u, flip = crop.draw(N, generator(2))
+    *u, flip = crop.draw(N, generator(2))
     assert flip.any() and not flip.all()
     theirs = [
         TF.resized_crop(image, *box, [size, size], antialias=True)
-        for image, box in zip(x, crop.boxes(u, 23, 31).tolist(), strict=True)
+        for image, box in zip(x, crop.boxes(*u, 23, 31).tolist(), strict=True)
     ]
     theirs = [t.flip(2) if f else t for t, f in zip(theirs, flip, strict=True)]
-    close(crop(x, u, flip), theirs)
+    close(crop(x, *u, flip), theirs)
     as_bytes = (x * 255).round().to(torch.uint8)
-    torch.testing.assert_close(crop(as_bytes, u, flip), crop(as_bytes / 255, u, flip))
+    torch.testing.assert_close(crop(as_bytes, *u, flip), crop(as_bytes / 255, *u, flip))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -130,28 +130,31 @@ def test_crop_boxes_are_distributed_as_torchvisions(height, width, scale):
     theirs = v2.RandomResizedCrop(8, scale=scale)
     theirs = [theirs.make_params([image]) for _ in range(6000)]
     crop = RandomResizedCrop(8, scale)
-    u, flip = crop.draw(20000, generator(8))
+    *u, flip = crop.draw(20000, generator(8))
     for column, name in enumerate(("top", "left", "height", "width")):
-        same_distribution(crop.boxes(u, height, width)[:, column], [t[name] for t in theirs])
+        same_distribution(crop.boxes(*u, height, width)[:, column], [t[name] for t in theirs])
     assert abs(flip.float().mean() - 0.5) < 0.02
-    top, left, h, w = crop.boxes(u, height, width).T
+    top, left, h, w = crop.boxes(*u, height, width).T
     assert (top >= 0).all() and (left >= 0).all() and (h > 0).all() and (w > 0).all()
     assert (top + h <= height).all() and (left + w <= width).all()
 
 
 def test_boxes_of_images_of_different_sizes_are_those_of_each():
     crop = RandomResizedCrop(8)
-    u, _ = crop.draw(N, generator(9))
+    *u, _ = crop.draw(N, generator(9))
     heights, widths = torch.arange(20, 20 + N), torch.arange(90, 90 - N, -1)
-    each = [crop.boxes(u[i : i + 1], int(heights[i]), int(widths[i])) for i in range(N)]
-    assert torch.equal(crop.boxes(u, heights, widths), torch.cat(each))
+    each = [
+        crop.boxes(*(v[i : i + 1] for v in u), int(heights[i]), int(widths[i])) for i in range(N)
+    ]
+    assert torch.equal(crop.boxes(*u, heights, widths), torch.cat(each))
 
 
 def test_the_largest_random_number_keeps_the_box_inside():
     crop = RandomResizedCrop(8)
-    u = torch.full((1, 22), 1 - 2**-24)
-    u[:, :10] = 0.2
-    top, left, h, w = crop.boxes(u, 4000, 4000)[0].tolist()
+    largest = 1 - 2**-24
+    scale, ratio = torch.full((1, 10), 0.2), torch.full((1, 10), largest)
+    place = torch.full((1, 1), largest)
+    top, left, h, w = crop.boxes(scale, ratio, place, place, 4000, 4000)[0].tolist()
     assert top + h <= 4000 and left + w <= 4000
 
 

@@ -2,37 +2,33 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, metrics, refused, write_folder
+from conftest import arguments, checkpoint, metrics, refused, start, write_folder
+from conftest import run as run_tiny
 
 import common
 import simclr
 import supcon
-from supcon import mislabelled, supcon_loss
+from supcon import mislabel, supcon_loss
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """27 images of 3 classes: 6 steps an epoch at batch 4."""
-    return write_folder(tmp_path_factory.mktemp("few") / "stripes", 9)
-
-
-def run(folder, out, *more):
-    supcon.main(["--data", str(folder), "--out", str(out), *TINY, *map(str, more)])
-    return out
+def run(data, out, *more):
+    """A tiny run."""
+    return run_tiny("supcon", data, out, *more)
 
 
 def unit(*shape):
     return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
 
 
-# ----------------------------------------------------------------------------------------- loss
+# --------------------------------------------------------------------------------------
+# Loss
+# --------------------------------------------------------------------------------------
+
+
 def slow_supcon(z, labels, temperature, variant, cap=None):
     """Eq. 2 and 3 for each anchor, term by term; cap: own views, then the next images' in turn."""
     N, V = z.shape[:2]
@@ -99,9 +95,9 @@ def test_a_tetrahedron_gives_ln_3(temperature):
         assert abs(loss.item() - math.log(3)) < 1e-12
 
 
-def test_equal_embeddings_give_the_chance_that_a_run_shows(folder, tmp_path):
+def test_equal_embeddings_give_the_chance_that_a_run_shows(few, tmp_path):
     rows = {
-        loss: metrics(run(folder, tmp_path / loss, "--max-steps", 1, "--loss", loss))
+        loss: metrics(run(few, tmp_path / loss, "--max-steps", 1, "--loss", loss))
         for loss in ("out", "in", "ce")
     }
     z = torch.ones(4, 2, 3, dtype=torch.float64)
@@ -152,11 +148,15 @@ def test_it_refuses_other_shapes_variants_and_caps():
         (z, labels, 1, "ce"),
         (z, labels, 1, "out", 0),
     ):
-        with pytest.raises(ValueError, match=r"z \[N, V, D\]|max_positives"):
+        with pytest.raises(ValueError, match=r"z must be|max_positives"):
             supcon_loss(*wrong)
 
 
-# ------------------------------------------------------------------------------------- relations
+# --------------------------------------------------------------------------------------
+# Relations
+# --------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("variant", ["out", "in"])
 def test_unique_labels_give_nt_xent_and_so_does_one_positive(variant):
     z, labels = unit(5, 2, 6), torch.tensor([0, 0, 1, 0, 1])
@@ -194,166 +194,135 @@ def test_l_in_is_never_above_l_out():  # the paper's §3.2.2, by Jensen
         assert supcon_loss(z, labels, 0.1, "in") <= supcon_loss(z, labels, 0.1, "out") + 1e-12
 
 
-# ---------------------------------------------------------------------------------- noise, labels
+# --------------------------------------------------------------------------------------
+# Noise, labels
+# --------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-def test_noise_makes_just_that_share_wrong_evenly(share):
+def test_label_noise_makes_just_that_share_wrong_evenly(share):
     labels = torch.arange(5).repeat(2000)
-    noisy = mislabelled(labels, 5, share, 3)
+    noisy = mislabel(labels, 5, share, 3)
     assert (noisy != labels).sum().item() == round(share * 10000)
     wrong = ((noisy - labels) % 5)[noisy != labels].bincount(minlength=5)[1:]
     assert (wrong - wrong.double().mean()).abs().max() < 5 * 50
-    assert noisy.unique().numel() == 5 and torch.equal(noisy, mislabelled(labels, 5, share, 3))
-    assert share != 0.4 or not torch.equal(noisy, mislabelled(labels, 5, share, 4))
+    assert noisy.unique().numel() == 5 and torch.equal(noisy, mislabel(labels, 5, share, 3))
+    assert share != 0.4 or not torch.equal(noisy, mislabel(labels, 5, share, 4))
 
 
-def test_training_sees_the_noise_and_the_evaluation_does_not(folder, tmp_path, monkeypatch):
+def test_training_sees_the_noise_and_the_evaluation_does_not(few, tmp_path, monkeypatch):
     seen, banks = [], []
     loss, knn = supcon.supcon_loss, common.knn_accuracy
     monkeypatch.setattr(supcon, "supcon_loss", lambda z, y, *a: seen.append(y) or loss(z, y, *a))
     monkeypatch.setattr(
         common, "knn_accuracy", lambda e, bank, *a: banks.append(bank.labels) or knn(e, bank, *a)
     )
-    run(folder, tmp_path / "run", "--batch-size", 27, "--label-noise", 0.5, "--epochs", 1)
+    run(few, tmp_path / "run", "--batch-size", 27, "--label-noise", 0.5, "--epochs", 1)
     true = torch.arange(3).repeat_interleave(9)
     assert all(torch.equal(labels, true) for labels in banks) and banks
-    data = common.load_splits(str(folder), "", None, torch.device("cpu"), 1)[1]
-    index = common.draw(27, [], 27, 0, torch.arange(27), 0)[0]
-    assert torch.equal(seen[0], mislabelled(data.labels, 3, 0.5, 0)[index])
+    index = common.epoch_order(27, 0, 0)
+    assert torch.equal(seen[0], mislabel(true, 3, 0.5, 0)[index])
 
 
-def test_images_without_classes_or_of_one_class_are_refused(folder, tmp_path, capsys):
-    argv = ["--out", str(tmp_path / "run"), *TINY]
-    assert "no labels" in refused(
-        capsys, supcon.main, [*argv, "--data", folder / "train" / "along"]
-    )
+def test_images_without_classes_or_of_one_class_are_refused(few, tmp_path, capsys):
+    out = tmp_path / "run"
+    error = refused(capsys, supcon.main, arguments("supcon", few / "train" / "along", out))
+    assert "no labels" in error
     for part in ("train", "test"):
         (tmp_path / "one" / part).mkdir(parents=True)
-        (tmp_path / "one" / part / "a").symlink_to(folder / part / "along")
-    assert "single class" in refused(capsys, supcon.main, [*argv, "--data", tmp_path / "one"])
-    assert "single class" in refused(capsys, supcon.main, [*argv, "--data", folder, "--limit", 1])
-
-
-@pytest.mark.parametrize(
-    "more",
-    [
-        ["--label-noise", "1.1"],
-        ["--label-noise", "-0.1"],
-        ["--max-positives", "0"],
-        ["--loss", "both"],
-        ["--max-positives", "1", "--loss", "ce"],
-    ],
-)
-def test_bad_flags_of_its_own_are_refused(folder, tmp_path, capsys, more):
-    error = refused(capsys, supcon.main, ["--data", folder, "--out", tmp_path / "run", *more])
-    assert more[0] in error
+        (tmp_path / "one" / part / "a").symlink_to(few / part / "along")
+    for argv in (
+        arguments("supcon", tmp_path / "one", out),
+        arguments("supcon", few, out, "--limit 1"),
+    ):
+        assert "single class" in refused(capsys, supcon.main, argv)
 
 
 def test_a_folder_that_gained_a_class_is_refused(tmp_path, capsys):
-    folder = write_folder(tmp_path / "data", 4)
-    out = run(folder, tmp_path / "run", "--max-steps", 1, "--loss", "ce")
+    folder, more = write_folder(tmp_path / "data", 4), "--max-steps 1 --loss ce"
+    out = run(folder, tmp_path / "run", more)
     (out / "results.json").unlink()
     for part in ("train", "test"):
         (folder / part / "more").symlink_to(folder / part / "along")
-    argv = ["--data", folder, "--out", out, *TINY, "--max-steps", 1, "--loss", "ce"]
-    assert "classes (3)" in refused(capsys, supcon.main, argv)
+    error = refused(capsys, supcon.main, arguments("supcon", folder, out, more))
+    assert "classes was 3" in error
 
 
-def test_the_classifier_has_an_output_for_classes_that_limit_left_out(folder, tmp_path):
-    out = run(folder, tmp_path / "run", "--limit", 6, "--loss", "ce", "--max-steps", 1)
-    state = torch.load(out / "checkpoint.pt", weights_only=True)["model"]
+def test_the_classifier_has_an_output_for_classes_that_limit_left_out(few, tmp_path):
+    out = run(few, tmp_path / "run", "--limit", 6, "--loss", "ce", "--max-steps", 1)
+    state = checkpoint(out)["model"]
     assert state["1.weight"].shape[0] == 3 and metrics(out)[0]["chance"] == math.log(3)
 
 
-def test_bfloat16_leaves_the_evaluation_of_the_classifier_in_float32(folder, tmp_path):
-    code = """if True:
-        import sys, torch, common, supcon
-        seen, real = [], common.extract_features
-        common.extract_features = lambda *a: seen.append(real(*a)) or seen[-1]
-        supcon.main(sys.argv[1:])
-        torch.save([v for v in seen if v.shape[1] == 3], "scores")"""
-    argv = ["--data", folder, "--out", "run", *TINY, "--loss", "ce", "--max-steps", "1"]
-    environment = os.environ | {"ACCELERATE_MIXED_PRECISION": "bf16", "PYTHONPATH": str(ROOT)}
-    subprocess.run(
-        [sys.executable, "-c", code, *argv],
-        cwd=tmp_path,
-        env=environment,
-        check=True,
-        capture_output=True,
-    )
-    scores = torch.load(tmp_path / "scores", weights_only=True)[0]
-    assert not torch.equal(scores, scores.bfloat16().float())
-
-
-# ---------------------------------------------------------------------------------------- the run
-def test_many_anchors_without_another_of_their_class_are_warned_of(folder, tmp_path, capsys):
-    run(folder, tmp_path / "few", "--max-steps", 1)  # (2/3)³ of 3 equal classes
-    assert "30 % of a batch's 4 images" in capsys.readouterr().out
-    run(folder, tmp_path / "many", "--max-steps", 1, "--batch-size", 27)
-    run(folder, tmp_path / "ce", "--max-steps", 1, "--loss", "ce")
+def test_many_anchors_without_another_of_their_class_are_warned_of(few, tmp_path, capsys):
+    run(few, tmp_path / "few", "--max-steps 1")  # (2/3)^3 of 3 equal classes
+    assert "about 30 % of the 4 images of a batch are alone" in capsys.readouterr().out
+    run(few, tmp_path / "many", "--max-steps 1 --batch-size 27")
+    run(few, tmp_path / "ce", "--max-steps 1 --loss ce")
     assert "alone in their class" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("loss", ["out", "in", "ce"])
 def test_a_loss_at_chance_is_warned_of_and_one_that_falls_is_not(
-    loss, folder, tmp_path, capsys, monkeypatch
+    loss, few, tmp_path, capsys, monkeypatch
 ):
     real, entropy = F.normalize, F.cross_entropy
     if loss == "ce":
         monkeypatch.setattr(F, "cross_entropy", lambda z, *a, **k: entropy(0 * z, *a, **k))
     else:  # all at one point
         monkeypatch.setattr(F, "normalize", lambda z, **k: real(0 * z + 1, **k))
-    run(folder, tmp_path / "stuck", "--loss", loss)
+    run(few, tmp_path / "stuck", "--loss", loss)
     assert "stays at chance" in capsys.readouterr().out
     monkeypatch.undo()
-    run(
-        folder,
-        tmp_path / "falls",
-        "--loss",
-        loss,
-        "--batch-size",
-        8,
-        "--epochs",
-        12,
-        "--optimizer",
-        "adamw",
-        "--lr",
-        0.003,
-        "--crop-scale",
-        0.8,
-        "--augment",
-        "crop",
-    )
-    last = capsys.readouterr().out.split("epoch 12 ·")[1]
-    assert "warning" not in last
+    more = "--batch-size 8 --epochs 12 --optimizer adamw --lr 0.003 --crop-scale 0.8"
+    run(few, tmp_path / "falls", "--augment crop --loss", loss, more)
+    lines = capsys.readouterr().out.splitlines()
+    last = next(i for i, line in enumerate(lines) if line.split()[:1] == ["12"])
+    assert not lines[last + 1].startswith("warning")
 
 
-def test_the_baseline_reports_its_own_classifier(folder, tmp_path, capsys):
-    out = run(
-        folder,
-        tmp_path / "run",
-        "--loss",
-        "ce",
-        "--batch-size",
-        9,
-        "--epochs",
-        20,
-        "--optimizer",
-        "adamw",
-        "--lr",
-        0.01,
-        "--crop-scale",
-        0.9,
-        "--color-strength",
-        0.1,
-    )
+def test_the_baseline_reports_its_own_classifier(few, tmp_path, capsys):
+    more = "--loss ce --batch-size 9 --epochs 20 --optimizer adamw --lr 0.01 --crop-scale 0.9"
+    out = run(few, tmp_path / "run", more, "--color-strength 0.1")
     rows = metrics(out)
     assert rows[-1]["classifier"] > 60 and rows[-1]["loss"] < rows[0]["loss"] - 0.3
-    state = torch.load(out / "checkpoint.pt", weights_only=True)["model"]
+    state = checkpoint(out)["model"]
     encoder = common.load_encoder(out / "encoder.safetensors")[0]
-    test = common.load_splits(str(folder), "", None, torch.device("cpu"), 1)[2]
+    test = common.load_splits(str(few), "", None, torch.device("cpu"), 1)[2]
     h = common.extract_features(encoder, test, 12)
     scores = h @ state["1.weight"].T + state["1.bias"]
     assert common.accuracy(scores, test.labels) == pytest.approx(rows[-1]["classifier"])
     assert json.loads((out / "results.json").read_text())[0]["features"] == "supcon-ce"
-    assert f"of its own classifier: {rows[-1]['classifier']:.1f}" in capsys.readouterr().out
-    assert "classifier" not in metrics(run(folder, tmp_path / "out", "--max-steps", 1))[0]
+    assert (
+        f"classifier on the test images: {rows[-1]['classifier']:.1f} %" in capsys.readouterr().out
+    )
+    assert "classifier" not in metrics(run(few, tmp_path / "out", "--max-steps", 1))[0]
+
+
+def save_scores(path, *argv):
+    """Run supcon.py, and save what its classifier gave in the evaluation."""
+    real = common.extract_features
+
+    def noting(network, images, size):
+        scores = real(network, images, size)
+        if scores.shape[1] == 3:
+            torch.save(scores, path)
+        return scores
+
+    common.extract_features = noting
+    supcon.main([*argv])
+
+
+def test_bfloat16_leaves_the_evaluation_of_the_classifier_in_float32(few, tmp_path):
+    argv = arguments("supcon", few, tmp_path / "run", "--loss ce --max-steps 1")
+    run = start(
+        "test_supcon.save_scores",
+        tmp_path / "scores",
+        *argv,
+        output=tmp_path / "text",
+        environment={"ACCELERATE_MIXED_PRECISION": "bf16"},
+    )
+    code, text = run.wait()
+    assert code == 0, text
+    scores = torch.load(tmp_path / "scores", weights_only=True)
+    assert not torch.equal(scores, scores.bfloat16().float())

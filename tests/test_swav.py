@@ -1,22 +1,30 @@
 """swav.py: Sinkhorn, loss, LARC, prototypes, queue and crops of several sizes."""
 
-import json
 import math
-import os
-import signal
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, metrics, refused, write_folder
+from conftest import checkpoint, metrics, settings
+from conftest import run as run_tiny
 from PIL import Image
 from torch import nn
 
 import common
 import swav
-from swav import LARC, SwAV, augmentation, learning_rate, sinkhorn, swapped_prediction_loss
+from swav import (
+    LARC,
+    PRESETS,
+    SwAV,
+    augmentation,
+    default_crop_sizes,
+    enqueue,
+    learning_rate,
+    parse_arguments,
+    sinkhorn,
+    swapped_prediction_loss,
+)
 
-SMALL = ["--prototypes", "4", "--queue-size", "0", "--freeze-prototypes", "0"]
 S1 = torch.tensor(
     [[0.1, 0.2, 0.3], [0, 0.4, -0.1], [0.5, 0.1, 0.2], [-0.2, 0.3, 0.6]], dtype=torch.float64
 )
@@ -25,22 +33,16 @@ S2 = torch.tensor(
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """27 images: 6 steps an epoch at batch 4."""
-    return write_folder(tmp_path_factory.mktemp("few") / "stripes", 9)
+def run(data, out, *more):
+    """A tiny run with four prototypes that learn from the start, and without a queue."""
+    return run_tiny("swav", data, out, "--queue-size 0 --freeze-prototypes 0", *more)
 
 
-def run(folder, out, *more):
-    swav.main(["--data", str(folder), "--out", str(out), *TINY, *SMALL, *map(str, more)])
-    return out
+# --------------------------------------------------------------------------------------
+# Sinkhorn
+# --------------------------------------------------------------------------------------
 
 
-def checkpoint(out):
-    return torch.load(out / "checkpoint.pt", weights_only=True)
-
-
-# ------------------------------------------------------------------------------------- sinkhorn
 def slow_sinkhorn(scores, epsilon, iterations):
     """Cuturi's iteration as the authors describe it, entry by entry, in plain numbers."""
     B, K = scores.shape
@@ -102,7 +104,11 @@ def test_sinkhorn_has_no_gradient():
     assert not sinkhorn(S1.clone().requires_grad_()).requires_grad
 
 
-# ----------------------------------------------------------------------------------------- loss
+# --------------------------------------------------------------------------------------
+# Loss
+# --------------------------------------------------------------------------------------
+
+
 def slow_loss(scores, codes, temperature):
     """Eq. 2 and 6, term by term, averaged as in the authors' code."""
     V, B, K = scores.shape
@@ -139,10 +145,10 @@ def test_swapped_prediction_loss_vector():
     assert abs(loss.item() - 0.576336471215) < 5e-13
 
 
-def test_collapsed_scores_give_the_chance_that_a_run_shows(folder, tmp_path):
+def test_collapsed_scores_give_the_chance_that_a_run_shows(few, tmp_path):
     scores = torch.full((3, 5, 4), 0.3, dtype=torch.float64)
     codes = torch.stack([sinkhorn(s) for s in scores[:2]])
-    chance = metrics(run(folder, tmp_path / "run", "--max-steps", 1))[0]["chance"]
+    chance = metrics(run(few, tmp_path / "run", "--max-steps", 1))[0]["chance"]
     assert abs(swapped_prediction_loss(scores, codes, 0.1).item() - chance) < 1e-12
     assert chance == math.log(4)
 
@@ -156,7 +162,11 @@ def test_swapped_prediction_loss_refuses_other_shapes(shapes):
         swapped_prediction_loss(*map(torch.rand, shapes), 0.1)
 
 
-# ------------------------------------------------------------------------ optimiser and schedule
+# --------------------------------------------------------------------------------------
+# Optimizer and schedule
+# --------------------------------------------------------------------------------------
+
+
 def test_larc_vector():
     p = nn.Parameter(torch.tensor([[3.0, 4.0]], dtype=torch.float64))
     optimizer = LARC([p], lr=1, momentum=0.9, weight_decay=0.1)
@@ -194,11 +204,15 @@ def test_learning_rate_is_the_authors():
     assert rates[100] == 4.8 and rates[600] == pytest.approx((4.8 + 0.0048) / 2)
     assert rates[-1] == pytest.approx(0.0048, rel=0.01)
     default = ["--data", "cifar10", "--batch-size"]
-    assert swav.parse_arguments([*default, "256"]).lr == pytest.approx(0.6)
-    assert swav.parse_arguments([*default, "4096"]).lr == pytest.approx(4.8)
+    assert parse_arguments([*default, "256"]).lr == pytest.approx(0.6)
+    assert parse_arguments([*default, "4096"]).lr == pytest.approx(4.8)
 
 
-# --------------------------------------------------------------------------- model and prototypes
+# --------------------------------------------------------------------------------------
+# Model and prototypes
+# --------------------------------------------------------------------------------------
+
+
 def test_one_forward_a_resolution_and_one_of_the_head_over_all():
     shapes = []
 
@@ -249,8 +263,8 @@ def seen(monkeypatch):
     return codes, losses
 
 
-def test_the_first_two_crops_get_codes_of_the_batch(folder, tmp_path, seen):
-    run(folder, tmp_path / "run", "--crops", 3, 2, "--crop-sizes", 12, 8, "--max-steps", 2)
+def test_the_first_two_crops_get_codes_of_the_batch(few, tmp_path, seen):
+    run(few, tmp_path / "run", "--crops", 3, 2, "--crop-sizes", 12, 8, "--max-steps", 2)
     codes, losses = seen
     assert len(codes) == 4 and len(losses) == 2
     for step, (scores, q) in enumerate(losses):
@@ -260,12 +274,10 @@ def test_the_first_two_crops_get_codes_of_the_batch(folder, tmp_path, seen):
             torch.testing.assert_close(q[i], codes[2 * step + i][1])
 
 
-def test_the_queue_serves_once_full_and_only_the_batchs_codes_enter_the_loss(
-    folder, tmp_path, seen
-):
+def test_the_queue_serves_once_full_and_only_the_batchs_codes_enter_the_loss(few, tmp_path, seen):
     # 6 steps an epoch, from half of which 10 features fill in 3 steps of 4: used from step 6.
     out = run(
-        folder,
+        few,
         tmp_path / "run",
         "--queue-size",
         10,
@@ -298,10 +310,10 @@ def test_the_queue_serves_once_full_and_only_the_batchs_codes_enter_the_loss(
     torch.testing.assert_close(stored, queue, rtol=1e-4, atol=1e-5)
 
 
-def test_a_queue_smaller_than_the_batch_holds_its_last(folder, tmp_path, seen):
+def test_a_queue_smaller_than_the_batch_holds_its_last(few, tmp_path, seen):
     state = checkpoint(
         run(
-            folder,
+            few,
             tmp_path / "run",
             "--queue-size",
             3,
@@ -321,37 +333,13 @@ def test_a_queue_smaller_than_the_batch_holds_its_last(folder, tmp_path, seen):
         torch.testing.assert_close(stored[:, place], seen[1][0][0][:2, row], rtol=1e-4, atol=1e-5)
 
 
-def test_a_run_that_lost_files_uses_its_queue_once_full(tmp_path, seen, monkeypatch):
-    folder = write_folder(tmp_path / "stripes", 9)  # 6 steps an epoch: filled from step 12
-    argv = ["--epochs", 4, "--queue-size", 8, "--queue-start", 2]
-    real = common.batches
-
-    def interrupted(*args):
-        for step, *rest in real(*args):
-            if step == 12:
-                os.kill(os.getpid(), signal.SIGTERM)
-            yield step, *rest
-
-    monkeypatch.setattr(common, "batches", interrupted)
-    with pytest.raises(SystemExit):
-        run(folder, tmp_path / "run", *argv)
-    assert (checkpoint(tmp_path / "run")["queue"] == 0).all(2).sum(1).tolist() == [4, 4]
-    monkeypatch.setattr(common, "batches", real)
-    for i in range(4):  # 5 steps an epoch: the queue would have been full at step 12
-        (folder / "train" / "along" / f"{i}.png").unlink()
-    seen[0].clear()
-    run(folder, tmp_path / "run", *argv)
-    assert [len(scores) for scores, _ in seen[0]] == [4] * 2 + [12] * 12
-    assert all((scores != 0).all() for scores, _ in seen[0])
-
-
-def test_prototypes_have_length_one_and_freeze_for_the_first_epochs(folder, tmp_path):
+def test_prototypes_have_length_one_and_freeze_for_the_first_epochs(few, tmp_path):
     torch.manual_seed(0)
     fresh = SwAV(common.build_encoder("small", "3x3"), [16, 8], 4)
     start = F.normalize(fresh.prototypes.weight.detach(), dim=1)
     for optimizer in ("larc", "adamw", "sgd"):
         frozen = run(
-            folder,
+            few,
             tmp_path / f"frozen-{optimizer}",
             "--freeze-prototypes",
             1,
@@ -365,7 +353,7 @@ def test_prototypes_have_length_one_and_freeze_for_the_first_epochs(folder, tmp_
         assert not torch.equal(state["head.0.weight"], fresh.head[0].weight)
         free = checkpoint(
             run(
-                folder,
+                few,
                 tmp_path / f"free-{optimizer}",
                 "--freeze-prototypes",
                 0.5,
@@ -380,14 +368,14 @@ def test_prototypes_have_length_one_and_freeze_for_the_first_epochs(folder, tmp_
         assert not torch.allclose(free["model"]["prototypes.weight"], start, atol=1e-6)
 
 
-def test_scores_are_of_prototypes_normalised_at_the_start_of_the_step(folder, tmp_path, seen):
-    run(folder, tmp_path / "run", "--optimizer", "sgd", "--lr", 50, "--max-steps", 3)
+def test_scores_are_of_prototypes_normalized_at_the_start_of_the_step(few, tmp_path, seen):
+    run(few, tmp_path / "run", "--optimizer", "sgd", "--lr", 50, "--max-steps", 3)
     for scores, _ in seen[1]:
         assert scores.abs().max() <= 1 + 1e-6
 
 
-def test_use_of_prototypes_counts_the_nearest_ones_of_the_epoch(folder, tmp_path, seen):
-    rows = metrics(run(folder, tmp_path / "run"))
+def test_use_of_prototypes_counts_the_nearest_ones_of_the_epoch(few, tmp_path, seen):
+    rows = metrics(run(few, tmp_path / "run"))
     for epoch, row in enumerate(rows):
         codes = seen[0][12 * epoch : 12 * epoch + 12]
         nearest = torch.cat([scores.argmax(1) for scores, _ in codes])
@@ -396,33 +384,22 @@ def test_use_of_prototypes_counts_the_nearest_ones_of_the_epoch(folder, tmp_path
         assert row["entropy"] == pytest.approx(torch.distributions.Categorical(p).entropy().item())
 
 
-# --------------------------------------------------------------------------------------- the run
+# --------------------------------------------------------------------------------------
+# The run
+# --------------------------------------------------------------------------------------
+
+
 def test_augmentation_is_simclrs_for_crops_of_any_size():
-    crop, color, gray, blur = augmentation(["blur", "gray", "color", "crop"], 96, 0.05, 0.14, 1.0)
+    crop, color, gray, blur = augmentation(["blur", "gray", "color", "crop"], 96, (0.05, 0.14), 1.0)
     assert (crop.size, crop.scale, crop.ratio, crop.flip) == (96, (0.05, 0.14), (3 / 4, 4 / 3), 0.5)
     assert (tuple(color.operation), color.p) == ((0.8, 0.8, 0.8, 0.2), 0.8)
     assert (gray.operation, gray.p) == (common.grayscale, 0.2)
     assert (tuple(blur.operation), blur.p) == ((9, (0.1, 2.0)), 0.5)
-    whole, _ = augmentation(["gray"], 18, 0.05, 0.14, 1.0)
+    whole, _ = augmentation(["gray"], 18, (0.05, 0.14), 1.0)
     assert (whole.size, whole.scale, whole.ratio, whole.flip) == (18, (1, 1), (1, 1), 0)
 
 
-@pytest.mark.parametrize(("side", "second"), [(32, 18), (28, 16), (64, 36), (224, 96)])
-def test_default_sizes_follow_the_images(tmp_path, monkeypatch, side, second):
-    data = common.ImageSet(
-        torch.randint(256, (4, 3, side, side), dtype=torch.uint8),
-        torch.zeros(4, dtype=torch.long),
-        device=torch.device("cpu"),
-    )
-    monkeypatch.setattr(common, "load_splits", lambda *_: (data, None, None))
-    out = run("x", tmp_path / "run", "--epochs", 1, "--crops", 2, 1)
-    config = json.loads((out / "config.json").read_text())
-    assert config["settings"]["crop_sizes"] == [side, second]
-    _, about = common.load_encoder(out / "encoder.safetensors")
-    assert about["image_size"] == str(side) and about["method"] == "swav"
-
-
-def test_prototypes_png_shows_the_images_nearest_to_some(folder, tmp_path, monkeypatch):
+def test_prototypes_png_shows_the_images_nearest_to_some(few, tmp_path, monkeypatch):
     shown, real = {}, common.save_pictures
 
     def noting(path, images, columns):
@@ -430,14 +407,14 @@ def test_prototypes_png_shows_the_images_nearest_to_some(folder, tmp_path, monke
         real(path, images, columns)
 
     monkeypatch.setattr(common, "save_pictures", noting)
-    out = run(folder, tmp_path / "run")
+    out = run(few, tmp_path / "run")
     images, columns = shown["prototypes.png"]
     assert columns == 8 and len(images) == 32  # 8 for each of the 4 prototypes
-    data, _, _ = common.load_splits(str(folder), "", None, torch.device("cpu"), 1)
+    data, _, _ = common.load_splits(str(few), "", None, torch.device("cpu"), 1)
     state, net = checkpoint(out)["model"], SwAV(common.build_encoder("small", "3x3"), [16, 8], 4)
     net.load_state_dict(state)
     with torch.no_grad():
-        pictures = data.centres(torch.arange(27), 12)
+        pictures = data.centers(torch.arange(27), 12)
         _, scores = net.eval()(pictures)
         scores = scores / net.prototypes.weight.norm(dim=1)
     used = scores.argmax(1).bincount(minlength=4).argsort(descending=True)
@@ -447,67 +424,41 @@ def test_prototypes_png_shows_the_images_nearest_to_some(folder, tmp_path, monke
         assert picture.width > 8 * 84
 
 
-def test_views_png_shows_all_crops(folder, tmp_path):
-    out = run(folder, tmp_path / "run", "--crops", 2, 3, "--max-steps", 1)
-    with Image.open(out / "views.png") as picture:  # the images and 5 crops of each
-        assert 4 * 84 < picture.width < 5 * 84 and 6 * 84 < picture.height < 7 * 84
-
-
-def test_too_many_prototypes_are_said_at_the_start(folder, tmp_path, capsys):
-    argv = ["--max-steps", 1, "--prototypes", 5]
-    run(folder, tmp_path / "a", *argv)
-    assert capsys.readouterr().out.startswith("warning: 4 images of a step share 5 --prototypes")
-    run(folder, tmp_path / "b", "--max-steps", 1)
-    assert "share" not in capsys.readouterr().out
-    run(folder, tmp_path / "c", "--prototypes", 12, "--queue-size", 8, "--queue-start", 0.5)
-    assert "share" not in capsys.readouterr().out  # full at step 5 of 12
-    run(folder, tmp_path / "e", "--prototypes", 13, "--queue-size", 8, "--queue-start", 0.5)
-    assert "share" in capsys.readouterr().out  # 4 + 8 are not enough
-    run(folder, tmp_path / "d", "--prototypes", 5, "--queue-size", 8, "--queue-start", 2)
-    assert "share" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("collapsed", [False, True])
-def test_collapse_is_warned_of_with_what_to_turn(folder, tmp_path, capsys, collapsed):
-    more = [
-        "--epochs",
-        6,
-        "--optimizer",
-        "adamw",
-        "--lr",
-        0.003,
-        "--augment",
-        "crop",
-        "--crops",
-        2,
-        "--crop-scales",
-        0.7,
-        1,
-        "--batch-size",
-        8,
-        "--warmup-epochs",
-        0,
-    ]
-    if collapsed:  # an encoder that gives nearly the same for everything
-        encoder = common.build_encoder("small")
-        nn.init.zeros_(encoder[4][1].weight)
-        nn.init.ones_(encoder[4][1].bias)
-        common.save_encoder(
-            tmp_path / "flat.safetensors", encoder, architecture="small", stem="3x3"
-        )
-        more = ["--init", tmp_path / "flat.safetensors", "--lr", 1e-9, "--head-layers", 1]
-    rows = metrics(run(folder, tmp_path / "run", *more))
+@pytest.mark.parametrize(
+    ("more", "warned"),
+    [
+        ("--prototypes 5 --max-steps 1", True),  # for a batch of 4
+        ("--prototypes 4 --max-steps 1", False),
+        ("--prototypes 12 --queue-size 8 --queue-start 0.5", False),  # full at step 5 of 12
+        ("--prototypes 13 --queue-size 8 --queue-start 0.5", True),  # 4 + 8 are not enough
+        ("--prototypes 5 --queue-size 8 --queue-start 2", True),  # It would be full too late.
+    ],
+)
+def test_too_many_prototypes_are_warned_of_at_the_start(few, tmp_path, capsys, more, warned):
+    run(few, tmp_path / "run", more)
     printed = capsys.readouterr().out
-    assert (rows[-1]["spread"] < 0.1) == collapsed
-    assert ("--epsilon" in printed and "it collapses" in printed) == collapsed
-    assert (rows[-1]["entropy"] < 0.1) == collapsed
+    assert printed.startswith("warning: 4 images per step") == warned
+    assert ("too few to share" in printed) == warned
+
+
+def test_collapse_is_warned_of_with_what_to_change(few, tmp_path, capsys, flat_encoder):
+    more = "--epochs 6 --lr 1e-9 --head-layers 1 --init"
+    rows = metrics(run(few, tmp_path / "flat", more, flat_encoder))
+    printed = capsys.readouterr().out
+    assert "the codes collapse" in printed and "--epsilon" in printed
+    assert rows[-1]["spread"] < 0.1 and rows[-1]["entropy"] < 0.1
+
+    more = "--epochs 6 --optimizer adamw --lr 0.003 --augment crop --batch-size 8 --crops 2"
+    rows = metrics(run(few, tmp_path / "fine", more, "--crop-scales 0.7 1 --warmup-epochs 0"))
+    assert "warning" not in capsys.readouterr().out
+    assert rows[-1]["spread"] > 0.1 and rows[-1]["entropy"] > 0.1
 
 
 @pytest.mark.parametrize(
     ("losses", "warned"), [((1.39, 1.385), True), ((1.45, 1.40), False), ((0.9, 0.8), False)]
 )
 def test_a_loss_that_stays_at_chance_is_warned_of_not_one_that_passes_it(
-    folder, tmp_path, monkeypatch, capsys, losses, warned
+    few, tmp_path, monkeypatch, capsys, losses, warned
 ):
     steps, real = iter([losses[0]] * 6 + [losses[1]] * 6), swav.swapped_prediction_loss
 
@@ -515,47 +466,42 @@ def test_a_loss_that_stays_at_chance_is_warned_of_not_one_that_passes_it(
         return real(*args) * 0 + next(steps)
 
     monkeypatch.setattr(swav, "swapped_prediction_loss", given)
-    run(folder, tmp_path / "run", "--crops", 2, "--lr", 1e-9)
-    assert ("it collapses" in capsys.readouterr().out) == warned
+    run(few, tmp_path / "run", "--crops", 2, "--lr", 1e-9)
+    assert ("the codes collapse" in capsys.readouterr().out) == warned
 
 
 def test_defaults_are_the_papers_but_for_few_prototypes():
-    args = swav.parse_arguments(["--data", "cifar10"])
+    args = parse_arguments(["--data", "cifar10"])
     assert (args.crops, args.crop_scales) == ([2, 6], [0.14, 1.0, 0.05, 0.14])
     assert (args.epsilon, args.temperature, args.dim) == (0.05, 0.1, 128)
     assert (args.optimizer, args.weight_decay, args.freeze_prototypes) == ("larc", 1e-6, 1)
     assert (args.queue_size, args.queue_start, args.head_layers) == (3840, 15, 2)
-    bundled = swav.parse_arguments([])
-    assert bundled.arch == "small" and swav.parse_arguments(["--crops", "2"]).crops == [2]
+    bundled = parse_arguments([], PRESETS["fashion-mini"])
+    assert bundled.arch == "small" and parse_arguments(["--crops", "2"]).crops == [2]
 
 
-def test_fewer_crops_take_the_first_sizes_and_scales(folder, tmp_path, seen):
-    run(folder, tmp_path / "run", "--crops", 2, "--max-steps", 1)
+def test_fewer_crops_take_the_first_sizes_and_scales(few, tmp_path, seen):
+    run(few, tmp_path / "run", "--crops", 2, "--max-steps", 1)
     assert seen[1][0][0].shape == (2, 4, 4)
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        ["--crops", "1", "6"],
-        ["--crops", "2", "0"],
-        ["--crops", "2", "6", "3"],
-        ["--crop-sizes", "12", "--crops", "2", "6"],
-        ["--crop-sizes", "12", "0"],
-        ["--crop-scales", "0.1", "1", "--crops", "2", "6"],
-        ["--crop-scales", "0.1", "1", "0.2", "0.1"],
-        ["--crop-scales", "0.1", "1.1", "0.1", "0.2"],
-        ["--crop-scales", "0", "1", "0.1", "0.2"],
-        ["--prototypes", "1"],
-        ["--crop-sizes", "1", "1"],
-        ["--epsilon", "0"],
-        ["--queue-size", "-1"],
-        ["--freeze-prototypes", "-1"],
-        ["--queue-start", "nan"],
-    ],
-    ids=lambda more: "".join(more),
-)
-def test_bad_flags_are_refused_in_one_line(folder, tmp_path, capsys, more):
-    argv = ["--data", folder, "--out", tmp_path / "run", *TINY, *more]
-    assert more[0] in refused(capsys, swav.main, argv)
-    assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize(("side", "small"), [(32, 18), (28, 16), (64, 36), (224, 96)])
+def test_default_crop_sizes_follow_the_images(side, small):
+    assert default_crop_sizes(side) == [side, small]
+
+
+def test_a_run_takes_the_default_crop_sizes(few, tmp_path):
+    out = run(few, tmp_path / "run", "--crops 2 1 --max-steps 1")
+    assert settings(out)["crop_sizes"] == [12, 7]
+
+
+def test_enqueue_writes_over_the_oldest_embeddings():
+    queue = torch.zeros(2, 5, 1)
+    for step in range(4):
+        Z = torch.tensor([[[2.0 * step], [2.0 * step + 1]], [[-2.0 * step], [-2.0 * step - 1]]])
+        enqueue(queue, Z, step)
+    assert queue[0].flatten().tolist() == [5, 6, 7, 3, 4]
+    assert torch.equal(queue[1], -queue[0])
+    short = torch.zeros(2, 3, 1)
+    enqueue(short, torch.arange(4.0)[None, :, None].expand(2, -1, -1), 0)
+    assert short[0].flatten().tolist() == [3, 1, 2]
