@@ -399,8 +399,8 @@ def label_count(text: str) -> float:
     return value
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the flags."""
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         "linear_eval.py",
         description=__doc__.splitlines()[0],
@@ -485,7 +485,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, help="folder of the results (default: that of the encoder)")
     add("--features", type=Path, help="new .npz file for the features (linear and knn)")
 
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the flags."""
+    args = build_parser().parse_args(argv)
     if args.features:
         if args.protocol not in ON_FEATURES:
             common.fail("--features is only for --protocol linear and knn: leave it out")

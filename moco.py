@@ -373,8 +373,8 @@ def save_run(out: Path, state: dict) -> None:
 # --------------------------------------------------------------------------------------
 
 
-def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argparse.Namespace:
-    """Parse the flags. A flag that is not given takes the preset's value, or its default below."""
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, with the defaults for data without a preset."""
     parser = argparse.ArgumentParser(
         "moco.py",
         description="Pretrain an image encoder with MoCo.",
@@ -488,6 +488,12 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
         help="experiment tracker to report to",
     )
 
+    return parser
+
+
+def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argparse.Namespace:
+    """Parse the flags. A flag that is not given takes the preset's value, or else its default."""
+    parser = build_parser()
     named = parser.parse_args(argv).version
     parser.set_defaults(**VERSIONS["v2"] | (preset or {}) | VERSIONS.get(named, {}))
     args = parser.parse_args(argv)

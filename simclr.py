@@ -327,8 +327,8 @@ def save_run(out: Path, state: dict) -> None:
 # --------------------------------------------------------------------------------------
 
 
-def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argparse.Namespace:
-    """Parse the flags. A flag that is not given takes the preset's value, or its default below."""
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, with the defaults for data without a preset."""
     parser = argparse.ArgumentParser(
         "simclr.py",
         description="Pretrain an image encoder with SimCLR.",
@@ -421,6 +421,12 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
         help="experiment tracker to report to",
     )
 
+    return parser
+
+
+def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argparse.Namespace:
+    """Parse the flags. A flag that is not given takes the preset's value, or else its default."""
+    parser = build_parser()
     parser.set_defaults(**preset or {})
     args = parser.parse_args(argv)
     if args.lr is None:

@@ -315,8 +315,8 @@ def save_run(out: Path, state: dict) -> None:
 # --------------------------------------------------------------------------------------
 
 
-def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argparse.Namespace:
-    """Parse the flags. A flag that is not given takes the preset's value, or its default below."""
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, with the defaults for data without a preset."""
     parser = argparse.ArgumentParser(
         "supcon.py",
         description="Pretrain an image encoder with labels, by SupCon or cross-entropy.",
@@ -415,6 +415,12 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
         help="experiment tracker to report to",
     )
 
+    return parser
+
+
+def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argparse.Namespace:
+    """Parse the flags. A flag that is not given takes the preset's value, or else its default."""
+    parser = build_parser()
     parser.set_defaults(**preset or {})
     args = parser.parse_args(argv)
     if args.loss == "ce" and args.max_positives:

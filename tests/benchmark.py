@@ -66,40 +66,44 @@ def class_folders(folder: Path, images: int, side: int = 32) -> None:
             coarse.resize((side, side)).save(folder / split / "ab"[i % 2] / f"{i}.png")
 
 
+def encoder_alone(script, inputs: list[torch.Tensor], *head: torch.nn.Module) -> Callable:
+    """A step of a script's encoder, with a head if there is one: forward, backward and update."""
+    _, with_keys, make_optimizer = WORK[script]
+
+    def build(*head: torch.nn.Module) -> torch.nn.Module:
+        norm_layer = torch.nn.BatchNorm2d
+        if script is moco:
+            norm_layer = partial(moco.SplitBatchNorm, splits=8)
+        encoder = common.build_encoder("resnet18", "7x7", norm_layer)
+        return torch.nn.Sequential(encoder, *head).to(memory_format=torch.channels_last)
+
+    model, keys = build(*head), build(*copy.deepcopy(head))
+    optimizer = make_optimizer(model.parameters(), 1e-3)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        torch.cat([model(x) for x in inputs]).square().mean().backward()
+        optimizer.step()
+        if with_keys:
+            with torch.no_grad():
+                keys(inputs[0])
+
+    return step
+
+
 def end_to_end(script, argv: list[str], batch: int, turns: int) -> None:
     """Run script.main with pauses in which its encoder works alone."""
-    views, with_keys, make = WORK[script]
+    views, *_ = WORK[script]
     shapes = [(count * batch, 3, side, side) for count, side in views]
     inputs = [torch.rand(s).contiguous(memory_format=torch.channels_last) for s in shapes]
-
-    def encoder(*head: torch.nn.Module) -> torch.nn.Module:
-        model = torch.nn.Sequential(common.build_encoder("resnet18", "7x7"), *head)
-        for module in model.modules() if script is moco else []:
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.__class__, module.splits = moco.SplitBatchNorm, 8
-        return model.to(memory_format=torch.channels_last)
-
-    def work(*head: torch.nn.Module) -> Callable[[], None]:
-        model, keys = encoder(*head), encoder(*copy.deepcopy(head))
-        optimizer = make(model.parameters(), 1e-3)
-
-        def step() -> None:
-            optimizer.zero_grad()
-            torch.cat([model(x) for x in inputs]).square().mean().backward()
-            optimizer.step()
-            if with_keys:
-                with torch.no_grad():
-                    keys(inputs[0])
-
-        return step
-
-    alone = {"its encoder alone": work()}
+    alone = {"its encoder alone": encoder_alone(script, inputs)}
     if script is moco:
-        alone["with the head"] = work(torchvision.ops.MLP(512, [512, 128]))
+        head = torchvision.ops.MLP(512, [512, 128])
+        alone["with the head"] = encoder_alone(script, inputs, head)
     batches, times = common.batches, []
 
-    def taking_turns(*args):
-        began, steps = time.perf_counter(), batches(*args)
+    def taking_turns(*args, **kwargs):
+        began, steps = time.perf_counter(), batches(*args, **kwargs)
         while True:
             for _ in range(BLOCK):
                 yield next(steps)
@@ -151,7 +155,7 @@ class PerImage(Dataset):
 
 def augmentation(turns: int) -> None:
     cores = os.cpu_count()
-    data = common.ImageSet(
+    data = common.ImagesInMemory(
         torch.randint(256, (2048, 3, 32, 32), dtype=torch.uint8), torch.zeros(2048)
     )
     recipe = simclr.augmentation(["crop", "color", "gray"], 32, 0.08, 0.5)
@@ -200,7 +204,7 @@ def waiting(photographs: str, folder: str) -> None:
         )
         files = common.load_splits(photographs, "", None, torch.device("cpu"), stream=True)[0]
         crop = [(2, [common.RandomResizedCrop(size)])]
-        for step, _, _ in common.batches(files, crop, 64, 0, 0, 60):
+        for step, _ in enumerate(common.batches(files, crop, 64, 0, 0, 60)):
             if step == 14:  # warm-up
                 began = time.perf_counter()
         print(f"readers alone: {45 * 64 / (time.perf_counter() - began):.0f} images/s")
@@ -270,7 +274,7 @@ def rounding(folder: str) -> None:
             common.batches(files, recipe, 256, 0, 0, 1),
             strict=True,
         )
-        for (*_, (a,)), (*_, (b,)) in pairs:
+        for (_, (a,)), (_, (b,)) in pairs:
             worst = max(worst, 255 * (a - b).abs().max().item())
         print(f"memory and files, {' '.join(names)}: at most {worst:.2f} grey levels apart")
 

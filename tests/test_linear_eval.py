@@ -504,7 +504,7 @@ def test_progress_is_shown_on_a_terminal(encoder):
 def test_map_png_shows_test_images_at_their_principal_components(encoder, folder):
     main([str(encoder), "--protocol", "knn", "--seeds", "1"])
     with Image.open(encoder.parent / "map.png") as picture:
-        drawn = torch.from_numpy(np.asarray(picture.convert("RGB"))).permute(2, 0, 1)[None] / 255
+        drawn = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None] / 255
     net, _ = common.load_encoder(encoder)
     test = common.load_splits(str(folder), "nowhere", None, torch.device("cpu"), 1)[2]
     h = common.extract_features(net, test, 12)

@@ -113,7 +113,7 @@ def save_methods(folder, out):
         "supcon": "--head-layers 1 --label-noise 0.3",
         "ce": "--head-layers 1 --label-noise 0.3 --loss ce",
     }
-    graph = "--epochs 1 --batch-size 48 --ratio 2 --lr 0.1"
+    graph = "--epochs 3 --batch-size 48 --ratio 2 --lr 0.1"
     build_encoder, sgd = common.build_encoder, torch.optim.SGD
     steps, gradients, saved = [], [], {}
     keep_arguments(moco, "info_nce", ("q", "k"), steps)
@@ -125,10 +125,7 @@ def save_methods(folder, out):
         uses_own = name in ("moco", "drlim")
         common.build_encoder = build_encoder if uses_own else without_batch_statistics
         module = {"moco": moco, "swav": swav, "drlim": drlim}.get(name, supcon)
-        if name == "drlim":
-            flags = graph.split()
-        else:
-            flags = [*TINY, *shared.split(), *own[name].split()]
+        flags = graph.split() if name == "drlim" else [*TINY, *shared.split(), *own[name].split()]
         module.main(["--data", folder, "--out", f"{out}-{name}", *flags])
         saved[name] = {"steps": [*steps], "gradients": gradients[:5]}
         steps.clear()
@@ -138,7 +135,7 @@ def save_methods(folder, out):
 
 
 def stop_and_continue(folder, out):
-    """For each method: a whole run, and one that is interrupted in its second epoch and resumed."""
+    """For each method: a whole run, and one that is interrupted within an epoch and resumed."""
     allow_several_runs()
     own = {**OWN, "moco": ["--symmetric"], "swav": ["--prototypes", "4"]}
     modules = {"simclr": simclr, "moco": moco, "swav": swav, "supcon": supcon, "drlim": drlim}
@@ -152,7 +149,7 @@ def stop_and_continue(folder, out):
 
         def save_and_stop(out, state, real=real):
             real(out, state)
-            if state["step"] == 9:
+            if state["step"] == 4:
                 raise KeyboardInterrupt
 
         # Only the main process saves. The other one is stopped at the same step.
@@ -160,7 +157,7 @@ def stop_and_continue(folder, out):
         learning_rate = module.learning_rate
 
         def stop(step, *args, learning_rate=learning_rate):
-            if step == 9 and not common.PartialState().is_main_process:
+            if step == 4 and not common.PartialState().is_main_process:
                 raise KeyboardInterrupt
             return learning_rate(step, *args)
 
@@ -217,9 +214,9 @@ def test_features_of_an_odd_number_of_images_count_each_once(steps):
 
 
 @pytest.fixture(scope="module")
-def methods(folder, tmp_path_factory):
+def methods(few, tmp_path_factory):
     out = tmp_path_factory.mktemp("methods")
-    saved = on_one_and_two("save_methods", folder, out)
+    saved = on_one_and_two("save_methods", few, out)
     for n, case in enumerate(saved, 1):
         for name, value in case.items():
             value["rows"] = metrics(out / f"{n}-{name}")
@@ -232,9 +229,9 @@ def test_a_methods_gradients_and_rows_are_those_of_one_process(methods, name):
     assert len(one["gradients"]) == len(two["gradients"]) == 5
     for mine, theirs in zip(two["gradients"], one["gradients"], strict=True):
         assert len(mine) == len(theirs) > 3
-        assert max(v.abs().max() for v in theirs) > 1e-3
+        assert max(v.abs().max() for v in theirs) > 1e-4
         for a, b in zip(mine, theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
     for key in ("loss", "spread"):
         values = [[row[key] for row in case["rows"]] for case in (one, two)]
         assert values[0] == pytest.approx(values[1], rel=1e-4)
@@ -257,10 +254,10 @@ def test_swavs_codes_are_those_of_one_process(methods):
 
 
 @pytest.fixture(scope="module")
-def stopped(folder, tmp_path_factory):
+def stopped(few, tmp_path_factory):
     out = tmp_path_factory.mktemp("stopped")
     name = "test_processes.stop_and_continue"
-    code, text = start(name, folder, out, output=out / "text", processes=2).wait()
+    code, text = start(name, few, out, output=out / "text", processes=2).wait()
     assert code == 0, text
     return out, text
 

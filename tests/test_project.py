@@ -1,15 +1,16 @@
-"""What holds the repository together."""
+"""What holds the repository together: packages, twins, flags, words and the console."""
 
-import argparse
 import ast
-import contextlib
+import os
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import METHODS, ROOT, arguments
 
+import common
 import drlim
 import linear_eval
 import moco
@@ -23,23 +24,31 @@ except ModuleNotFoundError:  # Python 3.10; pytest brings it there
     import tomli as tomllib
 
 MODULES = [simclr, moco, swav, supcon, drlim, linear_eval]
-METHODS = [module.__name__ for module in MODULES]
+SCRIPTS = [module.__name__ for module in MODULES]
 README = (ROOT / "README.md").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_pep_723_block_is_pyprojects(name):
-    text = (ROOT / f"{name}.py").read_text()
-    block = re.search(r"^# /// script\n((?:# .*\n)+)# ///$", text, re.M)
+def source(name):
+    return (ROOT / f"{name}.py").read_text()
+
+
+# --------------------------------------------------------------------------------------
+# Packages and files
+# --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_scripts_own_list_of_packages_is_that_of_pyproject(name):
+    block = re.search(r"^# /// script\n((?:# .*\n)+)# ///$", source(name), re.M)
     inline = tomllib.loads(re.sub(r"^# ", "", block[1], flags=re.M))
     assert inline == {key: PROJECT[key] for key in ("requires-python", "dependencies")}
 
 
-@pytest.mark.parametrize("name", [*METHODS, "common"])
+@pytest.mark.parametrize("name", [*SCRIPTS, "common"])
 def test_scripts_import_no_other_script_and_no_other_package(name):
     names = set()
-    for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+    for node in ast.walk(ast.parse(source(name))):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -49,82 +58,216 @@ def test_scripts_import_no_other_script_and_no_other_package(name):
     assert name != "common" or "common" not in names
 
 
-@pytest.mark.parametrize(
-    ("name", "most"),
-    [
-        ("common", 600),
-        *((name, 330) for name in METHODS),
-    ],
-)
-def test_files_stay_short(name, most):
-    assert len((ROOT / f"{name}.py").read_text().splitlines()) <= most
+def test_importing_runs_nothing(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {', '.join(SCRIPTS)}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0 and done.stdout == "" and not list(tmp_path.iterdir())
 
 
-def parser(module, monkeypatch):
-    made = []
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda self, _: made.append(self))
-    with contextlib.suppress(AttributeError, TypeError):  # None has no flags
-        module.parse_arguments([])
-    return made[0]
+def test_a_copied_script_works_with_common_alone(few, tmp_path):
+    runs = []
+    for method in METHODS:
+        for name in (f"{method}.py", "common.py"):
+            (tmp_path / method).mkdir(exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / method / name)
+        runs.append([method, arguments(method, few, "run", "--max-steps 1")])
+    program = f"""
+import os, runpy, sys
+for method, argv in {runs}:
+    os.chdir({str(tmp_path)!r} + "/" + method)
+    sys.path[0] = os.getcwd()
+    sys.modules.pop("common", None)
+    sys.argv = [method + ".py", *argv]
+    runpy.run_path(method + ".py", run_name="__main__")
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    for method in METHODS:
+        assert (tmp_path / method / "run" / "results.json").exists()
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
-def test_every_flag_has_a_help_of_one_sentence(module, monkeypatch):
-    for action in parser(module, monkeypatch)._actions:
+# --------------------------------------------------------------------------------------
+# Twins: a diff of two scripts shows the difference between two papers
+# --------------------------------------------------------------------------------------
+
+# What each method does in its own way, under a name that all of them use.
+OWN_WAY = {"augmentation", "find_problems", "build_optimizer", "build_parser", "parse_arguments"}
+OWN_WAY |= {"main"}
+# Paragraphs of main that every script has, by what they begin with.
+SHARED_PARAGRAPHS = [
+    "    args = parse_arguments(argv)\n    torch.backends",
+    "            optimizer.zero_grad()",
+    "        mean_loss = ",
+]
+
+
+def functions(name):
+    """The source of each function and class at the top level of a script."""
+    nodes = ast.parse(source(name)).body
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return {
+        node.name: ast.get_source_segment(source(name), node)
+        for node in nodes
+        if isinstance(node, kinds)
+    }
+
+
+@pytest.mark.parametrize("name", METHODS[1:])
+def test_functions_of_the_same_name_are_the_same_word_for_word(name):
+    ours, theirs = functions("simclr"), functions(name)
+    shared = (ours.keys() & theirs.keys()) - OWN_WAY
+    shared -= {"learning_rate"} if name in ("moco", "swav") else set()  # of another schedule
+    assert {"open_run", "save_run"} <= shared
+    for function in shared:
+        assert ours[function] == theirs[function], function
+
+
+@pytest.mark.parametrize("name", METHODS[1:])
+def test_paragraphs_of_main_that_all_share_are_the_same_word_for_word(name):
+    ours, theirs = functions("simclr")["main"], functions(name)["main"]
+    for begin in SHARED_PARAGRAPHS:
+        start = ours.index(begin)
+        paragraph = ours[start : ours.index("\n\n", start)]
+        if name in ("moco", "swav"):
+            # The main ideas of these two stand between the lines.
+            for line in paragraph.splitlines()[:3]:
+                assert line in theirs, line
+        else:
+            assert paragraph.partition("seconds = ")[0] in theirs, paragraph
+    save = ours[ours.index("            minutes = ") :]
+    save = save[: save.index("\n\n")]
+    assert save in theirs
+
+
+def sections(name):
+    """The titles of a script's sections, without what stands behind them in parentheses."""
+    titles = re.findall(r"^# -{80,}\n# (.*)\n# -{80,}$", source(name), re.M)
+    return [title.split(" (")[0] for title in titles]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_sections_stand_in_the_same_order(name):
+    order = ["Model", "Loss", "chedule", "The run's folder", "Command line", "Training"]
+    titles = sections(name)
+    places = [i for part in order for i, title in enumerate(titles) if part in title]
+    assert len(places) >= 5 and places == sorted(places), titles
+
+
+def test_nothing_handles_signals_but_the_readers_of_files():
+    for name in [*SCRIPTS, "common"]:
+        handled = re.findall(r"signal\.signal\((.*)\)", source(name))
+        assert handled == (["signal.SIGINT, signal.SIG_IGN"] if name == "common" else []), name
+
+
+# --------------------------------------------------------------------------------------
+# Flags
+# --------------------------------------------------------------------------------------
+
+
+def actions(module):
+    """The flags of a script."""
+    return module.build_parser()._actions
+
+
+@pytest.mark.parametrize("module", MODULES, ids=SCRIPTS)
+def test_every_flag_has_a_help_of_one_sentence(module):
+    for action in actions(module):
         assert action.help and "\n" not in action.help and ". " not in action.help, action
-        assert len(action.help.split()) > 1 or action.dest == "optimizer", action
+        assert len(action.help.split()) > 1, action
 
 
-def test_flags_that_readme_names_exist(monkeypatch):
-    known = {
-        "--mixed_precision",
-        "--num_processes",
-        "--multi_gpu",
-        "--nproc_per_node",
-        "--cpu",
-        "--dynamo_backend",
-        "--python",
-        "--extra",
-        "--num_machines",  # the launchers'
-        "--shm-size",
-        "--dist",  # docker's, pytest's
-        "--photographs",
-        "--negatives",
-        "--only",
-        "--turns",
-    }  # the benchmark's
+def test_flags_that_scripts_share_have_the_same_kind_of_value():
+    kinds = {}
+    for module in MODULES[:-1]:
+        for action in actions(module):
+            if action.dest not in ("arch", "head_layers", "optimizer", "queue_size"):
+                kinds.setdefault(action.dest, {})[module.__name__] = (action.type, action.nargs)
+    for flag, of_scripts in kinds.items():
+        assert len(set(of_scripts.values())) == 1, (flag, of_scripts)
+    everywhere = {flag for flag, of_scripts in kinds.items() if len(of_scripts) == 5}
+    assert everywhere >= {
+        *("data", "root", "limit", "stream", "workers", "stem", "init", "dim", "epochs"),
+        *("max_steps", "batch_size", "lr", "warmup_epochs", "weight_decay", "seed", "out"),
+        *("eval_every", "log_with"),
+    }
+
+
+@pytest.mark.parametrize("module", MODULES[:-1], ids=SCRIPTS[:-1])
+def test_presets_name_flags_and_have_values_that_these_allow(module):
+    flags = {action.dest: action for action in actions(module)}
+    for preset in module.PRESETS.values():
+        for name, value in preset.items():
+            action = flags[name]
+            for part in value if isinstance(value, list) else [value]:
+                assert action.choices is None or part in action.choices
+                if action.type:
+                    assert action.type(str(part)) == part and type(action.type(str(part))) is type(
+                        part
+                    )
+
+
+def test_help_shows_presets_and_defaults(capsys):
+    with pytest.raises(SystemExit):
+        simclr.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "With --data fashion-mini the defaults are: arch small, crop-scale 0.2" in text
+    assert "images per step, over all processes (default: 256)" in text
+    assert "random seed of weights and views (default: 0)" in text
+    assert "(default: None)" not in text and "(default: False)" not in text
+
+
+def test_flags_that_the_readme_names_exist():
+    launchers = {"--mixed_precision", "--num_processes", "--multi_gpu", "--nproc_per_node"}
+    launchers |= {"--cpu", "--dynamo_backend", "--num_machines", "--shm-size", "--dist"}
+    benchmark = {"--photographs", "--negatives", "--only", "--turns"}
+    known = launchers | benchmark
     for module in MODULES:
-        for action in parser(module, monkeypatch)._actions:
+        for action in actions(module):
             known |= set(action.option_strings)
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) <= known
 
 
+# --------------------------------------------------------------------------------------
+# Docstrings and the console
+# --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "common"])
+def test_public_functions_and_classes_have_docstrings(name):
+    for node in ast.parse(source(name)).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), node.name
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_importing_runs_nothing(name, tmp_path):
-    code = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {name}"]
-    done = subprocess.run(code, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0 and done.stdout == "" and not list(tmp_path.iterdir())
+def test_names_in_the_docstrings_map_of_the_paper_exist(name):
+    module = sys.modules[name]
+    text = module.__doc__.partition("Where to find")[2].partition("How to adapt")[0]
+    names = re.findall(r"`([A-Za-z_.]+)`", text)
+    assert len(names) >= 3
+    for dotted in names:
+        value = module
+        for part in dotted.split("."):
+            value = getattr(value, part)
 
 
-@pytest.mark.parametrize("script", ["simclr.py", "moco.py", "swav.py", "supcon.py"])
-def test_a_copied_script_with_common_works_elsewhere(script, folder, tmp_path):
-    for name in (script, "common.py"):
-        (tmp_path / name).write_text((ROOT / name).read_text())
-    command = [
-        sys.executable,
-        script,
-        "--data",
-        str(folder),
-        "--arch",
-        "small",
-        "--batch-size",
-        "24",
-        "--max-steps",
-        "1",
-        "--out",
-        "run",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0 and (tmp_path / "run" / "encoder.safetensors").exists(), done.stderr
-    done = subprocess.run(command[:2], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "fashion-mini" in done.stderr
+@pytest.mark.parametrize(
+    ("minutes", "text"),
+    [(0, "0s"), (0.5, "30s"), (0.9999, "1m00s"), (3 + 1 / 3, "3m20s"), (125, "2h05m")],
+)
+def test_durations_are_readable(minutes, text):
+    assert common.format_duration(minutes) == text
+
+
+def test_tables_are_aligned():
+    rows = [{"features": "a", "kNN": 5.0}, {"features": "longer", "kNN": 100.0}]
+    assert common.format_table(rows) == "features  kNN\na         5.0\nlonger    100.0"
