@@ -52,8 +52,10 @@ def save_steps(folder, out):
 
     torch.manual_seed(0)
     net = nn.Sequential(*without_batch_statistics(), nn.Linear(8, 6))
-    odd = test.take(torch.arange(17))
-    features = common.extract_features(net, odd, 12)
+    odd = torch.arange(17)
+    features = common.extract_features(net, test.take(odd), 12)
+    files = common.load_splits(folder, "nowhere", None, accelerator.device, 1, stream=True)[2]
+    features_of_files = common.extract_features(net, files.take(odd), 12, batch=4)
     model = accelerator.prepare(net)
     for _, (views,) in steps:
         z = model(views.flatten(0, 1)).unflatten(0, (2, -1)).transpose(0, 1)
@@ -63,6 +65,7 @@ def save_steps(folder, out):
 
     saved = {f"grad {name}": p.grad for name, p in net.named_parameters()}
     saved |= {"loss": loss.detach()[None], "features": features}
+    saved["features of files"] = features_of_files
     saved["index"] = torch.cat([gather(index) for index, _ in steps])
     views = [gather(views.transpose(0, 1).contiguous()) for _, (views,) in steps]
     saved["views"] = torch.cat(views)
@@ -211,6 +214,8 @@ def test_features_of_an_odd_number_of_images_count_each_once(steps):
     one, two = steps
     assert one["features"].shape == (17, 6)
     torch.testing.assert_close(two["features"], one["features"])
+    for case in steps:
+        torch.testing.assert_close(case["features of files"], one["features"])
 
 
 @pytest.fixture(scope="module")

@@ -220,6 +220,22 @@ def test_without_more_time_a_checkpoint_is_saved_after_each_epoch(
     assert steps[2:] == [*range(1, 13)]
 
 
+@pytest.mark.parametrize("more", ["", "--stream --workers 2"], ids=["memory", "stream"])
+def test_a_run_that_was_stopped_before_its_table_only_makes_the_table(
+    method, few, tmp_path, capsys, more
+):
+    out = run(method, few, tmp_path / "run", "--epochs 1", more)
+    rows, results = metrics(out), (out / "results.json").read_text()
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"versions": {"torch": "2.6.0"}}))
+    (out / "results.json").unlink()
+    run(method, few, out, "--epochs 1", more)
+    assert "resuming after step 6 of 6" in capsys.readouterr().out
+    assert metrics(out) == rows and (out / "results.json").read_text() == results
+    config = json.loads((out / "config.json").read_text())
+    assert config["versions"] == {"torch": "2.6.0"}  # those that the run began with
+
+
 def test_ctrl_c_prints_one_line_and_the_same_command_continues(few, tmp_path):
     out = tmp_path / "run"
     argv = arguments("simclr", few, out, "--epochs", 90, "--eval-every", 999)
