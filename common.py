@@ -195,7 +195,7 @@ def number(kind: type, low: float, high: float, meaning: str) -> Callable[[str],
         except ValueError:
             value = math.nan
         if value > high:
-            raise argparse.ArgumentTypeError(f"{text} is too large: {high} is the most")
+            raise argparse.ArgumentTypeError(f"{text} is too large: it can be at most {high}")
         if not value >= low:  # nor is NaN
             raise argparse.ArgumentTypeError(f"{text} is not {meaning}")
         return value
@@ -220,7 +220,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, data: str | None = "fash
         "--data",
         default=data,
         help=f"{', '.join(SETS)}, or a folder of images"
-        + ("" if data else " (default: what the encoder was trained on)"),
+        + ("" if data else " (default: what the encoder was trained on; fashion-mini for random)"),
     )
     add("--root", default="data", help="folder where data sets are looked for and downloaded to")
     add(

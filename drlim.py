@@ -24,11 +24,12 @@ Where to find the parts of the paper:
   which images are copies: --graph neighbours --shifts -6 -3 3 6
 
 Differences from the paper:
-- Dissimilar pairs are drawn among the images of a step: --ratio of them for each similar pair. The
-  paper uses all pairs.
+- Dissimilar pairs are drawn among the images of a step, --ratio pairs for each similar pair. The
+  paper uses all pairs. Of similar images with copies, each step shows one random pair of copies.
 - The loss is a mean over pairs; Eq. 2 is a sum.
-- The optimizer (Adam), the learning rate and its schedule, the margin, ReLU and the number of
-  epochs are choices of this code: the paper does not give them.
+- The optimizer is Adam (in the paper, stochastic gradient descent). The learning rate and its
+  schedule, the margin, ReLU and the number of epochs are choices of this code: the paper does not
+  give them.
 - --graph labels, where images of one class are similar, is not the paper's; it is for comparison.
 
 How to adapt it:
@@ -63,7 +64,7 @@ PRESETS = {
     },
 }
 CONSOLE_METRICS = ("flatness", "5-NN", "rank")  # shown besides loss, chance, spread and speed
-MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # These may, when a run resumes.
+MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
 SAVE_MINUTES = 10  # A longer epoch also saves checkpoints midway.
 RUN_FORMAT = 2  # of the files in --out; runs of another format are refused
 
@@ -183,7 +184,7 @@ def build_graph(kind: str, samples: Samples, neighbors: int, copies: int, seed: 
         samples: the training images.
         neighbors: how many images are similar to each image.
         copies: how many samples show each image.
-        seed: of the choice among images of a class.
+        seed: for choosing among the images of a class.
 
     Raises:
         SystemExit: if no pair would be dissimilar, or there are not as many neighbors.
@@ -196,16 +197,16 @@ def build_graph(kind: str, samples: Samples, neighbors: int, copies: int, seed: 
         labels = samples.labels.cpu()
         sizes = labels.bincount()
         available = sizes[sizes > 0].min().item() - 1
-        # Find neighbors in a plane instead: the first coordinate keeps the classes apart, the
-        # second is random.
+        # The partners are neighbors among random points: the first coordinate keeps the classes
+        # apart, and the second is random.
         place = torch.rand(N, generator=common.generator(seed)).double()
         features = torch.stack([2.0 * labels, place], dim=1)
     else:
         features = samples.x[::copies].flatten(1)
     if neighbors > available or (kind == "labels" and (sizes > 0).sum() < 2):
         common.fail(
-            f"--graph {kind} with --neighbours {neighbors}: {N} images leave only {available} "
-            "neighbors, or no dissimilar pair"
+            f"--graph {kind} with --neighbours {neighbors} is not possible: there are at most "
+            f"{available} neighbors, or all images are similar; use fewer, or more --classes"
         )
 
     partners = find_nearest(features, features, neighbors, is_bank=True).cpu()
@@ -223,12 +224,12 @@ def sample_pairs(
         graph: of N images with k partners each.
         edges: [B]; edge n * k + j joins image n and the j-th of its partners.
         ratio: dissimilar pairs for each edge. They are drawn among the images of the edges.
-        rng: of the copies and the dissimilar pairs.
+        rng: for drawing the copies and the dissimilar pairs.
 
     Returns:
-        i [2B], the samples that are needed; pairs [B + ratio * B, 2], the entries of i that form
-        each pair; and Y of each pair, 1 if it is dissimilar. There are only B pairs if no two
-        images are dissimilar.
+        i [2B], the samples that are needed; pairs [B + max(1, ratio * B), 2], the positions in i of
+        the two samples of each pair; and Y of each pair, 1 if it is dissimilar. There are only B
+        pairs if no two images are dissimilar.
     """
     B, copies, partners = len(edges), graph.copies, graph.partners
     a, b = edges // partners.shape[1], partners.flatten()[edges]
@@ -318,14 +319,16 @@ def collapsed_loss(batch_size: int, ratio: float, margin: float) -> float:
 
 
 def gather(z: Tensor, accelerator: Accelerator) -> Tensor:
-    """Gather z [B, ...] of all P processes as [P * B, ...], with a gradient for one's own rows.
+    """Gather z [n, ...] of all P processes as [P * n, ...]. Gradient flows only to one's own rows.
 
-    Every process computes the whole loss, so its own rows already carry their whole gradient. DDP
-    then averages the parameter gradients over the processes, hence the factor P.
+    Every process computes the whole loss, so the gradient with respect to its own rows is already
+    complete. DDP then averages the parameter gradients over the processes, hence the factor P.
     """
     P = accelerator.num_processes
     parts = list(accelerator.gather(z.detach()).chunk(P))
-    parts[accelerator.process_index] = z.detach() + P * (z - z.detach())  # z, its gradient times P
+    parts[accelerator.process_index] = z.detach() + P * (
+        z - z.detach()
+    )  # value of z, gradient times P
     return torch.cat(parts)
 
 
@@ -342,7 +345,7 @@ def find_problems(row: dict) -> list[str]:
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
-    """Learning rate of step 0 .. steps - 1: linear warm-up to the peak, then cosine to 0."""
+    """Learning rate at a step from 0 to steps - 1: linear warm-up to the peak, then cosine to 0."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
@@ -396,7 +399,8 @@ def measure_map(
     Returns:
         "flatness", the smallest singular value of the test images' coordinates as a share of the
         largest (in the plane, 0 means that all lie on a line); "5-NN", the percentage of test
-        images whose class most of their five nearest training images have, if there are classes;
+        images that a vote of the five nearest training images classifies correctly, if there are
+        classes;
         and "rank", see `copies_rank`, if there are copies.
     """
     axes = torch.linalg.svdvals(g_test - g_test.mean(0))
@@ -465,7 +469,7 @@ def open_run(out: Path, settings: dict, accelerator: Accelerator) -> dict | None
     Args:
         out: a folder that is new, empty, or holds a run with the same settings.
         settings: all that the result of the run depends on.
-        accelerator: of the run; its main process writes.
+        accelerator: the run's; only its main process writes.
 
     Returns:
         The checkpoint to resume from, or None if there is none yet.
@@ -590,7 +594,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     add = parser.add_argument_group("optimization").add_argument
-    add("--epochs", type=common.positive_int, default=15, help="passes over the similar pairs")
+    add(
+        "--epochs",
+        type=common.positive_int,
+        default=15,
+        help="passes over the pairs of similar images",
+    )
     add(
         "--max-steps",
         type=common.positive_int,
@@ -661,7 +670,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     images, bank, test_images = common.load_splits(
         args.data, args.root, args.limit, device, args.workers, args.stream
     )
-    args = parse_arguments(argv, PRESETS.get(args.data))  # again, now that the data is known
+    args = parse_arguments(argv, PRESETS.get(args.data))  # again, with the defaults for this data
     bank, test_images = bank or images, test_images or images
     largest = 32 if args.arch == "paper" else 224
     args.image_size = args.image_size or min(bank.side, largest)
@@ -674,8 +683,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     train = load_samples(bank, classes, args.per_class, args.image_size, args.shifts, is_paper)
     test = load_samples(test_images, classes, 10**9, args.image_size, args.shifts, is_paper)
 
-    # The graph, which a resumed run builds again. Its edges are the similar pairs, through which an
-    # epoch goes once.
+    # The graph, which a resumed run builds again. Its edges are the pairs of similar images, and an
+    # epoch visits each of them once.
     copies = 1 + len(args.shifts)
     graph = build_graph(args.graph, train, args.neighbours, copies, args.seed)
     edges = graph.partners.numel()
@@ -683,6 +692,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     epoch_steps = edges // args.batch_size
     total_steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
     warmup_steps = min(round(args.warmup_epochs * epoch_steps), total_steps - 1)
+    epochs = math.ceil(total_steps / epoch_steps)
 
     # Model: G, an encoder and a linear layer to the map.
     args.stem = args.stem or ("3x3" if args.image_size <= 64 else "7x7")
@@ -697,7 +707,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     if processes > 1 and device.type == "cuda":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     optimizer = torch.optim.Adam(network.parameters(), args.lr, weight_decay=args.weight_decay)
-    G = nn.Sequential(*network)  # the same layers, which Accelerate will not run in bfloat16
+    G = nn.Sequential(*network)  # the same layers without Accelerate's autocast, to evaluate
     model, optimizer = accelerator.prepare(network, optimizer)
 
     # Run: start a new one, print a finished one, or resume from a checkpoint.
@@ -736,7 +746,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         last_step = min((epoch + 1) * epoch_steps, total_steps)
         order = common.epoch_order(edges, args.seed, epoch).split(args.batch_size)
         epoch_batches = itertools.islice(order, step % epoch_steps, last_step - epoch * epoch_steps)
-        bar = common.progress(epoch_batches, f"epoch {epoch + 1}/{args.epochs}", last_step - step)
+        bar = common.progress(epoch_batches, f"epoch {epoch + 1}/{epochs}", last_step - step)
         for batch in bar:
             lr = learning_rate(step, total_steps, warmup_steps, args.lr)
             optimizer.param_groups[0]["lr"] = lr

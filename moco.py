@@ -92,7 +92,7 @@ VERSIONS = {
 OPERATIONS = {"v1": ("crop", "gray", "color"), "v2": ("crop", "color", "gray", "blur")}
 PEAK_LR = {"sgd": 0.03, "adamw": 0.006}  # at batch size 256; SGD's is the papers'
 CONSOLE_METRICS = ("knn",)  # shown besides loss, chance, spread and speed
-MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # These may, when a run resumes.
+MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
 SAVE_MINUTES = 10  # A longer epoch also saves checkpoints midway.
 RUN_FORMAT = 2  # of the files in --out; runs of another format are refused
 
@@ -254,7 +254,8 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
     l_neg = q @ queue.T
     logits = torch.cat([l_pos, l_neg], dim=1)
     positives = torch.zeros(len(q), dtype=torch.long, device=q.device)  # column 0
-    # Cross-entropy is -log softmax: the softmax's sum over a row is the denominator.
+    # Cross-entropy is -l_pos + log(sum over a row of exp(logits)), and this sum is the denominator
+    # of Eq. 1.
     return F.cross_entropy(logits, positives)
 
 
@@ -287,7 +288,7 @@ def build_optimizer(name: str, params, lr: float, weight_decay: float) -> torch.
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float, schedule: str) -> float:
-    """Learning rate of step 0 .. steps - 1.
+    """Learning rate at a step from 0 to steps - 1.
 
     It rises linearly to the peak; then it falls by a cosine to 0 or, if the schedule is "steps",
     to a tenth at 0.6 of the run and to a hundredth at 0.8.
@@ -311,7 +312,7 @@ def open_run(out: Path, settings: dict, accelerator: Accelerator) -> dict | None
     Args:
         out: a folder that is new, empty, or holds a run with the same settings.
         settings: all that the result of the run depends on.
-        accelerator: of the run; its main process writes.
+        accelerator: the run's; only its main process writes.
 
     Returns:
         The checkpoint to resume from, or None if there is none yet.
@@ -522,11 +523,11 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     common.tune_cpu(device)
 
     # Data: images to train on, without labels. Labeled training images (the bank) and test images
-    # serve to evaluate.
+    # are used only for evaluation.
     images, bank, test = common.load_splits(
         args.data, args.root, args.limit, device, args.workers, args.stream
     )
-    args = parse_arguments(argv, PRESETS.get(args.data))  # again, now that the data is known
+    args = parse_arguments(argv, PRESETS.get(args.data))  # again, with the defaults for this data
     args.image_size = args.image_size or images.side
     args.stem = args.stem or ("3x3" if args.image_size <= 64 else "7x7")
     names = [name for name in OPERATIONS[args.version] if name != "blur" or args.image_size > 64]
@@ -555,6 +556,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     epoch_steps = len(images) // args.batch_size
     total_steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
     warmup_steps = min(round(args.warmup_epochs * epoch_steps), total_steps - 1)
+    epochs = math.ceil(total_steps / epoch_steps)
 
     # Model: f_q with its head; f_k begins as a copy of both and gets no gradients.
     norm_layer = nn.BatchNorm2d
@@ -611,8 +613,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     # Training.
     accelerator.init_trackers("moco", {name: str(value) for name, value in settings.items()})
     accelerator.print(common.format_header(CONSOLE_METRICS))
-    # The images and views of a step depend on the seed, the epoch and the step alone: not on the
-    # number of processes, nor on where the run was interrupted.
+    # The images and views of a step depend only on the seed, the epoch and the step, not on the
+    # number of processes or on where the run was interrupted.
     recipes = [(2, recipe)]  # two views of each image
     batches = common.batches(
         images, recipes, args.batch_size, args.seed, start=step, stop=total_steps
@@ -622,7 +624,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         epoch, first_step, started_at = step // epoch_steps, step, time.monotonic()
         last_step = min((epoch + 1) * epoch_steps, total_steps)
         epoch_batches = itertools.islice(batches, last_step - step)
-        bar = common.progress(epoch_batches, f"epoch {epoch + 1}/{args.epochs}", last_step - step)
+        bar = common.progress(epoch_batches, f"epoch {epoch + 1}/{epochs}", last_step - step)
         for index, (views,) in bar:
             if step == 0:
                 common.save_views(args.out / "views.png", images, index, [views])
@@ -670,7 +672,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             "spread": common.spread(accelerator.gather(q.detach())),  # of the last batch
             "lr": lr,
             "images_per_s": (step - first_step) * args.batch_size / seconds,
-            "wait": images.waited / seconds,  # share of the epoch in which no file was ready
+            "wait": images.waited / seconds,  # share of the epoch spent waiting for files
             "minutes_left": (total_steps - step) / (step - first_step) * seconds / 60,
         }
 

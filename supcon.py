@@ -68,7 +68,7 @@ OPERATIONS = ("crop", "color", "gray", "blur")
 PEAK_LR = {"sgd": 0.125, "adamw": 0.004}  # at batch size 256
 # Shown besides loss, chance, spread and speed, for each --loss.
 CONSOLE_METRICS = {"out": ("knn",), "in": ("knn",), "ce": ("knn", "classifier")}
-MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # These may, when a run resumes.
+MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
 SAVE_MINUTES = 10  # A longer epoch also saves checkpoints midway.
 RUN_FORMAT = 2  # of the files in --out; runs of another format are refused
 
@@ -199,14 +199,16 @@ def nearest_in_batch(positive: Tensor, V: int, most: int) -> Tensor:
 
 
 def gather(z: Tensor, accelerator: Accelerator) -> Tensor:
-    """Gather z [B, ...] of all P processes as [P * B, ...], with a gradient for one's own rows.
+    """Gather z [n, ...] of all P processes as [P * n, ...]. Gradient flows only to one's own rows.
 
-    Every process computes the whole loss, so its own rows already carry their whole gradient. DDP
-    then averages the parameter gradients over the processes, hence the factor P.
+    Every process computes the whole loss, so the gradient with respect to its own rows is already
+    complete. DDP then averages the parameter gradients over the processes, hence the factor P.
     """
     P = accelerator.num_processes
     parts = list(accelerator.gather(z.detach()).chunk(P))
-    parts[accelerator.process_index] = z.detach() + P * (z - z.detach())  # z, its gradient times P
+    parts[accelerator.process_index] = z.detach() + P * (
+        z - z.detach()
+    )  # value of z, gradient times P
     return torch.cat(parts)
 
 
@@ -236,7 +238,7 @@ def build_optimizer(name: str, params, lr: float, weight_decay: float) -> torch.
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
-    """Learning rate of step 0 .. steps - 1: linear warm-up to the peak, then cosine to 0."""
+    """Learning rate at a step from 0 to steps - 1: linear warm-up to the peak, then cosine to 0."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
@@ -253,7 +255,7 @@ def open_run(out: Path, settings: dict, accelerator: Accelerator) -> dict | None
     Args:
         out: a folder that is new, empty, or holds a run with the same settings.
         settings: all that the result of the run depends on.
-        accelerator: of the run; its main process writes.
+        accelerator: the run's; only its main process writes.
 
     Returns:
         The checkpoint to resume from, or None if there is none yet.
@@ -456,7 +458,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             "per class, or a data set"
         )
     classes = len(images.classes)
-    args = parse_arguments(argv, PRESETS.get(args.data))  # again, now that the data is known
+    args = parse_arguments(argv, PRESETS.get(args.data))  # again, with the defaults for this data
     args.image_size = args.image_size or images.side
     args.stem = args.stem or ("3x3" if args.image_size <= 64 else "7x7")
     names = [name for name in OPERATIONS if name != "blur" or args.image_size > 64]
@@ -473,6 +475,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     epoch_steps = len(images) // args.batch_size
     total_steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
     warmup_steps = min(round(args.warmup_epochs * epoch_steps), total_steps - 1)
+    epochs = math.ceil(total_steps / epoch_steps)
 
     # Model: encoder and head (for cross-entropy, a classifier) in one module, so that a step is one
     # forward pass.
@@ -521,8 +524,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     # Training.
     accelerator.init_trackers("supcon", {name: str(value) for name, value in settings.items()})
     accelerator.print(common.format_header(CONSOLE_METRICS[args.loss]))
-    # The images and views of a step depend on the seed, the epoch and the step alone: not on the
-    # number of processes, nor on where the run was interrupted.
+    # The images and views of a step depend only on the seed, the epoch and the step, not on the
+    # number of processes or on where the run was interrupted.
     recipes = [(2, recipe)]  # two views of each image
     batches = common.batches(
         images, recipes, args.batch_size, args.seed, start=step, stop=total_steps
@@ -533,7 +536,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         epoch, first_step, started_at = step // epoch_steps, step, time.monotonic()
         last_step = min((epoch + 1) * epoch_steps, total_steps)
         epoch_batches = itertools.islice(batches, last_step - step)
-        bar = common.progress(epoch_batches, f"epoch {epoch + 1}/{args.epochs}", last_step - step)
+        bar = common.progress(epoch_batches, f"epoch {epoch + 1}/{epochs}", last_step - step)
         for index, (views,) in bar:
             if step == 0:
                 common.save_views(args.out / "views.png", images, index, [views])
@@ -541,7 +544,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             optimizer.param_groups[0]["lr"] = lr
 
             # Both views [2, B, 3, S, S] of every image through encoder and head, then the loss of
-            # the batch of all processes. The images come first when they are gathered.
+            # the batch of all processes. `gather` joins along the first dimension, so the images
+            # come first.
             x = views.flatten(0, 1).contiguous(memory_format=torch.channels_last)
             z = model(x).float().unflatten(0, (2, -1)).transpose(0, 1)  # [B, 2, D]
             z = gather(z, accelerator)
@@ -580,7 +584,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             "spread": common.spread(z[:, 0]),  # of the last batch
             "lr": lr,
             "images_per_s": (step - first_step) * args.batch_size / seconds,
-            "wait": images.waited / seconds,  # share of the epoch in which no file was ready
+            "wait": images.waited / seconds,  # share of the epoch spent waiting for files
             "minutes_left": (total_steps - step) / (step - first_step) * seconds / 60,
         }
 

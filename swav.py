@@ -76,7 +76,7 @@ PRESETS = {
 OPERATIONS = ("crop", "color", "gray", "blur")
 PEAK_LR = {"larc": 0.6, "sgd": 0.05, "adamw": 0.004}  # at batch size 256
 CONSOLE_METRICS = ("prototypes", "knn")  # shown besides loss, chance, spread and speed
-MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # These may, when a run resumes.
+MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
 SAVE_MINUTES = 10  # A longer epoch also saves checkpoints midway.
 RUN_FORMAT = 2  # of the files in --out; runs of another format are refused
 
@@ -313,7 +313,7 @@ def build_optimizer(name: str, params, lr: float, weight_decay: float) -> torch.
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
-    """Learning rate of step 0 .. steps - 1.
+    """Learning rate at a step from 0 to steps - 1.
 
     It rises linearly from 1/16 of the peak to the peak, then falls by a cosine to 1/1000 of it.
     """
@@ -333,7 +333,7 @@ def open_run(out: Path, settings: dict, accelerator: Accelerator) -> dict | None
     Args:
         out: a folder that is new, empty, or holds a run with the same settings.
         settings: all that the result of the run depends on.
-        accelerator: of the run; its main process writes.
+        accelerator: the run's; only its main process writes.
 
     Returns:
         The checkpoint to resume from, or None if there is none yet.
@@ -594,11 +594,11 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     common.tune_cpu(device)
 
     # Data: images to train on, without labels. Labeled training images (the bank) and test images
-    # serve to evaluate.
+    # are used only for evaluation.
     images, bank, test = common.load_splits(
         args.data, args.root, args.limit, device, args.workers, args.stream
     )
-    args = parse_arguments(argv, PRESETS.get(args.data))  # again, now that the data is known
+    args = parse_arguments(argv, PRESETS.get(args.data))  # again, with the defaults for this data
     args.crop_sizes = args.crop_sizes or default_crop_sizes(images.side)[: len(args.crops)]
     size = args.crop_sizes[0]
     args.stem = args.stem or ("3x3" if size <= 64 else "7x7")
@@ -609,6 +609,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     epoch_steps = len(images) // args.batch_size
     total_steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
     warmup_steps = min(round(args.warmup_epochs * epoch_steps), total_steps - 1)
+    epochs = math.ceil(total_steps / epoch_steps)
 
     # From these steps on the prototypes learn, the queue is filled, and the full queue is used.
     freeze_steps = round(args.freeze_prototypes * epoch_steps)
@@ -672,8 +673,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     # Training.
     accelerator.init_trackers("swav", {name: str(value) for name, value in settings.items()})
     accelerator.print(common.format_header(CONSOLE_METRICS))
-    # The images and views of a step depend on the seed, the epoch and the step alone: not on the
-    # number of processes, nor on where the run was interrupted.
+    # The images and views of a step depend only on the seed, the epoch and the step, not on the
+    # number of processes or on where the run was interrupted.
     batches = common.batches(
         images, recipes, args.batch_size, args.seed, start=step, stop=total_steps
     )
@@ -682,7 +683,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         epoch, first_step, started_at = step // epoch_steps, step, time.monotonic()
         last_step = min((epoch + 1) * epoch_steps, total_steps)
         epoch_batches = itertools.islice(batches, last_step - step)
-        bar = common.progress(epoch_batches, f"epoch {epoch + 1}/{args.epochs}", last_step - step)
+        bar = common.progress(epoch_batches, f"epoch {epoch + 1}/{epochs}", last_step - step)
         for index, views in bar:
             if step == 0:
                 common.save_views(args.out / "views.png", images, index, views)
@@ -697,7 +698,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             z, scores = z.unflatten(0, (-1, len(index))), scores.unflatten(0, (-1, len(index)))
 
             # Codes [2, N, K] of the two large crops of the N images of all processes, of which each
-            # process takes its own rows. The images come first when they are gathered.
+            # process takes its own rows. `gather` joins along the first dimension, so the images
+            # come first.
             own_z = z[:2].detach().transpose(0, 1).contiguous()
             Z = accelerator.gather(own_z).transpose(0, 1)  # [2, N, D]
             full_queue = queue if args.queue_size and step >= full_step else None
@@ -742,7 +744,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             "spread": common.spread(Z[0]),  # of the last batch
             "lr": lr,
             "images_per_s": (step - first_step) * args.batch_size / seconds,
-            "wait": images.waited / seconds,  # share of the epoch in which no file was ready
+            "wait": images.waited / seconds,  # share of the epoch spent waiting for files
             "minutes_left": (total_steps - step) / (step - first_step) * seconds / 60,
         }
 

@@ -4,6 +4,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -131,6 +132,11 @@ def refused(capsys, main, argv) -> str:
 # --------------------------------------------------------------------------------------
 
 
+def with_interrupts() -> None:
+    """Let Ctrl-C reach a process, also where the tests run in the background, without it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def command(script: str, *argv: object, processes: int = 1) -> subprocess.Popen:
     """Start a script's real command, as a user types it."""
     launcher = [sys.executable]
@@ -141,6 +147,7 @@ def command(script: str, *argv: object, processes: int = 1) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=with_interrupts,
     )
 
 

@@ -1,19 +1,28 @@
 """What a run of each method promises: its files, console and flags, and that it can be killed."""
 
+import contextlib
+import fcntl
 import importlib
 import itertools
 import json
 import math
+import os
+import pty
 import random
 import re
 import shutil
 import signal
+import struct
+import subprocess
+import sys
+import termios
 import time
 
 import pytest
 import torch
 from conftest import (
     METHODS,
+    ROOT,
     arguments,
     assert_same_end,
     checkpoint,
@@ -141,6 +150,23 @@ def test_the_console_shows_one_aligned_table_with_blanks_for_what_was_not_measur
     assert [key in row for row in rows] == [False, True, True]
     assert cells == [f"{row[key]:.2f}" if key in row else "" for row in rows]
     assert all(f"{row['loss']:.4f}" in line for row, line in zip(rows, table[1:], strict=True))
+
+
+def test_progress_is_shown_on_a_terminal(few, tmp_path):
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    argv = arguments("simclr", few, tmp_path / "run", "--eval-every 2")
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "simclr.py"), *argv], stdout=subprocess.DEVNULL, stderr=end
+    )
+    os.close(end)
+    shown = b""
+    with contextlib.suppress(OSError):  # when the process has ended
+        while True:
+            shown += os.read(terminal, 4096)
+    assert process.wait() == 0
+    for part in (b"epoch 1/2", b"epoch 2/2", b"features", b"evaluation", b"linear probe"):
+        assert part in shown
 
 
 def test_a_finished_run_only_shows_its_results(method, plain, few, capsys):

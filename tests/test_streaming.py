@@ -20,6 +20,7 @@ from conftest import (
     refused,
     run,
     start,
+    with_interrupts,
     write_folder,
 )
 from PIL import Image
@@ -234,6 +235,7 @@ def test_ctrl_c_to_all_processes_of_a_terminal_is_one_line(few, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=with_interrupts,
     )
     while not (out / "checkpoint.pt").exists() and process.poll() is None:
         time.sleep(0.005)
