@@ -521,16 +521,15 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             "rows": rows,
         }
 
-    # Training.
-    accelerator.init_trackers("supcon", {name: str(value) for name, value in settings.items()})
-    accelerator.print(common.format_header(CONSOLE_METRICS[args.loss]))
-    # The images and views of a step depend only on the seed, the epoch and the step, not on the
-    # number of processes or on where the run was interrupted.
+    # Training. The images and views of a step depend only on the seed, the epoch and the step, not
+    # on the number of processes or on where the run was interrupted.
     recipes = [(2, recipe)]  # two views of each image
     batches = common.batches(
         images, recipes, args.batch_size, args.seed, start=step, stop=total_steps
     )
     chance_classes = classes if args.loss == "ce" else 2 * args.batch_size - 1
+    accelerator.init_trackers("supcon", {name: str(value) for name, value in settings.items()})
+    accelerator.print(common.format_header(CONSOLE_METRICS[args.loss]))
     saved_at = time.monotonic()
     while step < total_steps:
         epoch, first_step, started_at = step // epoch_steps, step, time.monotonic()
