@@ -25,7 +25,7 @@ Differences from the paper and the authors' code:
 - Sinkhorn works in logarithms, which cannot overflow, and on the gathered embeddings of all
   processes; the authors' code reduces sums over the processes instead.
 - The loss is a mean over codes and crops, as in the authors' code; Eq. 6 is a sum.
-- The time in which the prototypes are frozen is given in epochs, not in steps.
+- How long the prototypes stay frozen is set in epochs, not in steps.
 - The defaults are for small images and sets: 512 prototypes (in the paper 3,000), a hidden layer of
   512 (2048), small crops of 9/16 of the large ones' side (3/7), and no blur up to 64 pixels.
 - The default peak of the learning rate grows with the batch size to the power 3/4, which gives the
@@ -135,7 +135,7 @@ class SwAV(nn.Module):
     def __init__(self, encoder: nn.Module, widths: list[int], K: int) -> None:
         super().__init__()
         self.encoder = encoder
-        self.prototypes = nn.Linear(widths[-1], K, bias=False)
+        self.prototypes = nn.Linear(widths[-1], K, bias=False)  # the weight is C, [K, D]
         self.head = torchvision.ops.MLP(encoder.width, widths, norm_layer=nn.BatchNorm1d)
 
     def forward(self, *crops: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,7 +180,7 @@ def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tens
     """
     dtype = torch.float32
     if epsilon < 0.01 and scores.device.type != "mps":  # MPS has no float64.
-        dtype = torch.float64  # The quotient below is too large for the precision of float32.
+        dtype = torch.float64  # Dividing by such a small epsilon costs too much of float32.
     log_q = scores.to(torch.promote_types(scores.dtype, dtype)) / epsilon
     for _ in range(iterations):
         log_q = log_q.log_softmax(0).log_softmax(1)
@@ -196,8 +196,8 @@ def assign_codes(
     Args:
         Z: [2, N, D] embeddings of these crops of the images of all processes.
         C: [K, D] prototypes.
-        queue: [2, Q, D] embeddings of earlier batches. They have a part in sharing out the
-            prototypes, but their codes are dropped.
+        queue: [2, Q, D] embeddings of earlier batches, or None. They count toward the equal
+            shares, but their codes are dropped.
         epsilon: the weight of the entropy; see `sinkhorn`.
 
     Returns:
@@ -285,7 +285,8 @@ class LARC(torch.optim.SGD):
 
         g <- 0.001 * |p| / (|gradient| + weight_decay * |p|) * (gradient + weight_decay * p)
 
-    for every parameter p; then SGD with momentum, with g for the gradient and no decay.
+    for every parameter p, unless |p| or |gradient| is 0: then g is the gradient. SGD with momentum
+    follows, with g for the gradient and no further decay.
     """
 
     @torch.no_grad()
@@ -472,7 +473,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--crop-sizes",
         type=common.int_above_1,
         nargs="+",
-        help="side of the crops in pixels, for each resolution (default: the images' and half)",
+        help="side of the crops in pixels, for each resolution (default: by the images' side)",
     )
     add(
         "--crop-scales",
@@ -648,7 +649,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         return
 
     step, losses, rows = 0, [], []  # the losses are those of the current epoch
-    uses = torch.zeros(args.prototypes, device=device)  # large crops nearest to each, this epoch
+    # For each prototype, how many of this epoch's large crops are nearest to it.
+    uses = torch.zeros(args.prototypes, device=device)
     if checkpoint:
         network.load_state_dict(checkpoint["model"])
         queue.copy_(checkpoint["queue"])
@@ -711,7 +713,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             optimizer.zero_grad()
             accelerator.backward(loss)
             if step < freeze_steps:
-                C.grad = None  # Unlike zeros, it keeps momentum and decay from moving them, too.
+                C.grad = None  # Unlike zeros, None also stops momentum and weight decay.
             optimizer.step()
 
             # Count the step; within a long epoch, save from time to time.
