@@ -651,7 +651,6 @@ class ImageFiles(ImageSet):
             sampler=steps,
             num_workers=max(0, min(self.workers, len(steps) - 1)),
             pin_memory=on_gpu,
-            worker_init_fn=leave_interrupts_to_the_main_process,
         )
         reader = iter(loader)
         for step in steps:
@@ -696,11 +695,6 @@ class CropReader(Dataset):
             # Raised here, it would reach the main process in a long traceback.
             return [], str(error)
         return crops, ""
-
-
-def leave_interrupts_to_the_main_process(_worker: int) -> None:
-    """Keep the processes that read files from printing tracebacks after Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def stop_on_any(error: str, device: torch.device) -> None:

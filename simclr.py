@@ -179,9 +179,8 @@ def gather(z: Tensor, accelerator: Accelerator) -> Tensor:
     """
     P = accelerator.num_processes
     parts = list(accelerator.gather(z.detach()).chunk(P))
-    parts[accelerator.process_index] = z.detach() + P * (
-        z - z.detach()
-    )  # value of z, gradient times P
+    # The value of z, with its gradient multiplied by P.
+    parts[accelerator.process_index] = z.detach() + P * (z - z.detach())
     return torch.cat(parts)
 
 
