@@ -1,7 +1,7 @@
 """Speed, as ratios taken in one run: `python tests/benchmark.py` (some minutes on two cores).
 
 1. Images a second of each script's own training loop, end to end, against its encoder alone: on
-   ready views of the same shapes and precision forward, backward and optimiser step, for moco.py
+   ready views of the same shapes and precision forward, backward and optimizer step, for moco.py
    also the forward pass of the keys (both with BN in 8 groups, as it has; and in a second figure
    with their heads, as its paper's encoders f_q and f_k have them), for swav.py a pass for each
    resolution. They take turns within one run of main(): the machine's drift cancels.
@@ -10,7 +10,7 @@
 3. With --photographs FOLDER (train/ and val/ with class folders): the share of time for which a
    ResNet-18 step waits for files that are read anew each epoch, views of 128 and 224 pixels, and
    how many images a second the readers make alone.
-4. Grey levels between views of the same parameters from memory and from files read anew.
+4. Gray levels between views of the same parameters from memory and from files read anew.
 5. With --negatives: seconds a step and peak memory of moco.py by the size of its queue, and of
    simclr.py by its batch, each in a process of its own.
 """
@@ -46,7 +46,7 @@ import supcon
 import swav
 
 SGD = torch.optim.SGD
-# Of a script: its views of an image (number, side), whether keys pass forward, its optimiser
+# Of a script: its views of an image (number, side), whether keys pass forward, its optimizer
 WORK = {
     simclr: ([(2, 32)], False, partial(simclr.LARS, weight_decay=1e-6)),
     supcon: ([(2, 32)], False, partial(SGD, momentum=0.9, weight_decay=1e-4)),
@@ -276,7 +276,7 @@ def rounding(folder: str) -> None:
         )
         for (_, (a,)), (_, (b,)) in pairs:
             worst = max(worst, 255 * (a - b).abs().max().item())
-        print(f"memory and files, {' '.join(names)}: at most {worst:.2f} grey levels apart")
+        print(f"memory and files, {' '.join(names)}: at most {worst:.2f} gray levels apart")
 
 
 if __name__ == "__main__":
@@ -295,18 +295,8 @@ if __name__ == "__main__":
             negatives(folder)
             sys.exit()
         for script in [s for s in WORK if args.only in (None, s.__name__)]:
-            argv = [
-                "--data",
-                f"{folder}/images",
-                "--out",
-                f"{folder}/{script.__name__}",
-                "--stem",
-                "7x7",
-                "--batch-size",
-                "256",
-                "--epochs",
-                "1",
-            ]
+            argv = ["--data", f"{folder}/images", "--out", f"{folder}/{script.__name__}"]
+            argv += ["--stem", "7x7", "--batch-size", "256", "--epochs", "1"]
             argv += ["--queue-start", "0"] if script is swav else []
             end_to_end(script, argv, 256, turns)
         if args.only:

@@ -26,6 +26,11 @@ import common
 from linear_eval import FINETUNE, RECIPES, STATISTICS, main, open_encoder, train
 
 
+def evaluate(encoder, *more):
+    """Run linear_eval.py on an encoder; `more` are flags and values, or text of several."""
+    main([word for part in (encoder, *more) for word in str(part).split()])
+
+
 @pytest.fixture
 def encoder(folder, tmp_path):
     torch.manual_seed(7)
@@ -322,24 +327,11 @@ def test_finetuning_trains_every_weight_and_leaves_the_pretrained_ones(encoder, 
 def test_finetuning_learns(folder, tmp_path):
     folder = write_folder(tmp_path / "set", 60, 40)
     out = tmp_path / "out"
-    main(
-        [
-            "random",
-            "--arch",
-            "small",
-            "--data",
-            str(folder),
-            "--protocol",
-            "finetune",
-            "--lr",
-            "0.2",
-            "--epochs",
-            "30",
-            "--batch-size",
-            "30",
-            "--out",
-            str(out),
-        ]
+    evaluate(
+        "random --arch small --data",
+        str(folder),
+        "--protocol finetune --lr 0.2 --epochs 30 --batch-size 30 --out",
+        str(out),
     )
     assert json.loads((out / "eval.json").read_text())[0]["top-1"] > 60
 

@@ -111,16 +111,8 @@ def test_keys_start_as_the_queries_and_follow_by_momentum(few, tmp_path):
             "moco",
             few,
             tmp_path / "b",
-            "--max-steps",
-            2,
-            "--key-momentum",
-            0.75,
-            "--schedule",
-            "steps",
-            "--warmup-epochs",
-            0,
-            "--optimizer",
-            "sgd",
+            "--max-steps 2 --key-momentum 0.75 --schedule steps",
+            "--warmup-epochs 0 --optimizer sgd",
         )
     )
     first = checkpoint(
@@ -128,16 +120,8 @@ def test_keys_start_as_the_queries_and_follow_by_momentum(few, tmp_path):
             "moco",
             few,
             tmp_path / "c",
-            "--max-steps",
-            1,
-            "--key-momentum",
-            0.75,
-            "--schedule",
-            "steps",
-            "--warmup-epochs",
-            0,
-            "--optimizer",
-            "sgd",
+            "--max-steps 1 --key-momentum 0.75 --schedule steps",
+            "--warmup-epochs 0 --optimizer sgd",
         )
     )
     names = [name for name in first["model"] if name.endswith(("weight", "bias"))]
@@ -160,14 +144,7 @@ def test_keys_join_the_queue_after_the_logits_and_the_write_wraps(
 
     monkeypatch.setattr(moco, "info_nce", noting)
     out = run(
-        "moco",
-        few,
-        tmp_path / "run",
-        "--queue-size",
-        10,
-        "--max-steps",
-        4,
-        *["--symmetric"] * symmetric,
+        "moco", few, tmp_path / "run", "--queue-size 10 --max-steps 4", *["--symmetric"] * symmetric
     )
     n = 8 if symmetric else 4
     expected = calls[0][2].clone()  # random unit vectors

@@ -279,16 +279,8 @@ def test_the_queue_serves_once_full_and_only_the_batchs_codes_enter_the_loss(few
     out = run(
         few,
         tmp_path / "run",
-        "--queue-size",
-        10,
-        "--queue-start",
-        0.5,
-        "--optimizer",
-        "sgd",
-        "--lr",
-        1e-12,
-        "--weight-decay",
-        1e-12,
+        "--queue-size 10 --queue-start 0.5 --optimizer sgd",
+        "--lr 1e-12 --weight-decay 1e-12",
     )
     codes, losses = seen
     lengths = [len(scores) for scores, _ in codes]
@@ -315,16 +307,7 @@ def test_a_queue_smaller_than_the_batch_holds_its_last(few, tmp_path, seen):
         run(
             few,
             tmp_path / "run",
-            "--queue-size",
-            3,
-            "--queue-start",
-            0,
-            "--max-steps",
-            1,
-            "--optimizer",
-            "sgd",
-            "--lr",
-            1e-12,
+            "--queue-size 3 --queue-start 0 --max-steps 1 --optimizer sgd --lr 1e-12",
         )
     )
     stored = state["queue"] @ state["model"]["prototypes.weight"].T
@@ -341,11 +324,7 @@ def test_prototypes_have_length_one_and_freeze_for_the_first_epochs(few, tmp_pat
         frozen = run(
             few,
             tmp_path / f"frozen-{optimizer}",
-            "--freeze-prototypes",
-            1,
-            "--epochs",
-            1,
-            "--optimizer",
+            "--freeze-prototypes 1 --epochs 1 --optimizer",
             optimizer,
         )
         state = checkpoint(frozen)["model"]
@@ -355,14 +334,9 @@ def test_prototypes_have_length_one_and_freeze_for_the_first_epochs(few, tmp_pat
             run(
                 few,
                 tmp_path / f"free-{optimizer}",
-                "--freeze-prototypes",
-                0.5,
-                "--epochs",
-                1,
-                "--optimizer",
+                "--freeze-prototypes 0.5 --epochs 1 --optimizer",
                 optimizer,
-                "--lr",
-                0.1,
+                "--lr 0.1",
             )
         )
         assert not torch.allclose(free["model"]["prototypes.weight"], start, atol=1e-6)
