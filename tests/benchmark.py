@@ -159,7 +159,7 @@ def augmentation(turns: int) -> None:
         torch.randint(256, (2048, 3, 32, 32), dtype=torch.uint8), torch.zeros(2048)
     )
     recipe = simclr.augmentation(["crop", "color", "gray"], 32, 0.08, 0.5)
-    loader = DataLoader(PerImage(data.images), 256, num_workers=cores, persistent_workers=True)
+    loader = DataLoader(PerImage(data.pixels), 256, num_workers=cores, persistent_workers=True)
     times = []
     for turn in range(turns + 1):
         began = time.perf_counter()
@@ -180,21 +180,8 @@ def augmentation(turns: int) -> None:
 def waiting(photographs: str, folder: str) -> None:
     for size in (128, 224):
         out = f"{folder}/waiting-{size}"
-        argv = [
-            "--data",
-            photographs,
-            "--out",
-            out,
-            "--stream",
-            "--image-size",
-            str(size),
-            "--batch-size",
-            "64",
-            "--epochs",
-            "2",
-            "--warmup-epochs",
-            "1",
-        ]
+        argv = ["--data", photographs, "--out", out, "--stream", "--image-size", str(size)]
+        argv += ["--batch-size", "64", "--epochs", "2", "--warmup-epochs", "1"]
         with contextlib.redirect_stdout(io.StringIO()):
             simclr.main(argv)
         row = json.loads(Path(out, "metrics.jsonl").read_text().splitlines()[-1])
@@ -220,27 +207,10 @@ def negatives(folder: str) -> None:
     ):
         for value in values:
             out = f"{folder}/{script}{value}"
-            child = subprocess.Popen(
-                [
-                    sys.executable,
-                    scripts / f"{script}.py",
-                    "--data",
-                    f"{folder}/images",
-                    "--stem",
-                    "7x7",
-                    "--epochs",
-                    "2",
-                    "--limit",
-                    "2048",
-                    "--warmup-epochs",
-                    "0",
-                    "--out",
-                    out,
-                    flag,
-                    str(value),
-                ],
-                stdout=subprocess.DEVNULL,
-            )
+            argv = [sys.executable, scripts / f"{script}.py", "--data", f"{folder}/images"]
+            argv += ["--stem", "7x7", "--epochs", "2", "--limit", "2048", "--warmup-epochs", "0"]
+            argv += ["--out", out, flag, str(value)]
+            child = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
             _, status, usage = os.wait4(child.pid, 0)
             assert status == 0
             last = json.loads(Path(out, "metrics.jsonl").read_text().splitlines()[-1])
