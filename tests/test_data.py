@@ -234,7 +234,7 @@ def test_batches_are_a_function_of_seed_epoch_and_step(folder):
     assert not torch.equal(straight[0][1][0], straight[6][1][0])
 
 
-def test_grey_sets_become_three_channels():
+def test_gray_sets_become_three_channels():
     data = common.ImagesInMemory(
         torch.arange(4 * 64, dtype=torch.uint8).view(4, 1, 8, 8), torch.zeros(4)
     )

@@ -97,8 +97,8 @@ def test_results_are_added_and_pictures_framed(encoder):
     names = {path.name for path in encoder.parent.iterdir()}
     assert names == {"encoder.safetensors", "eval.json", "neighbours.png", "map.png"}
     with Image.open(encoder.parent / "neighbours.png") as picture:
-        colours = {colour for _, colour in picture.convert("RGB").getcolors(10**6)}
-        assert (26, 179, 51) in colours and (230, 26, 26) in colours  # right and wrong
+        colors = {color for _, color in picture.convert("RGB").getcolors(10**6)}
+        assert (26, 179, 51) in colors and (230, 26, 26) in colors  # right and wrong
         assert picture.width > 9 * 84 and picture.height > 10 * 84
 
 

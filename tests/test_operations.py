@@ -23,8 +23,8 @@ N = 40
 def images(channels=3, height=23, width=31):
     x = torch.rand(N, channels, height, width, generator=generator(1))
     x[0] = 0.5  # no hue
-    x[1, :, :5] = x[1, :1, :5]  # grey in part
-    x[2] = x[2].round()  # saturated colours, and ties between channels
+    x[1, :, :5] = x[1, :1, :5]  # gray in part
+    x[2] = x[2].round()  # saturated colors, and ties between channels
     return x
 
 
