@@ -12,7 +12,8 @@ http://yann.lecun.com/exdb/publis/pdf/hadsell-chopra-lecun-06.pdf
     python drlim.py --data mnist --classes 4 9 --graph shifts                # its second
     python drlim.py --data FOLDER --arch resnet18 --dim 3
 
-The run is kept in --out. It can be stopped at any time; the same command continues it.
+The run is kept in --out. It can be stopped at any time; the same command resumes it from its last
+checkpoint, and it ends as if it had never been stopped.
 
 Where to find the parts of the paper:
 - Eq. 4, the loss, with Y = 1 for dissimilar pairs: `contrastive_loss`

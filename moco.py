@@ -12,7 +12,8 @@ https://arxiv.org/abs/2003.04297
     accelerate launch --mixed_precision bf16 moco.py --data cifar10 --epochs 500
     accelerate launch --multi_gpu --num_processes 8 moco.py --data FOLDER --arch resnet50
 
-The run is kept in --out. It can be stopped at any time; the same command continues it.
+The run is kept in --out. It can be stopped at any time; the same command resumes it from its last
+checkpoint, and it ends as if it had never been stopped.
 
 Where to find the parts of the papers:
 - Eq. 1, InfoNCE: `info_nce`

@@ -10,7 +10,8 @@ Chen, Kornblith, Norouzi and Hinton, ICML 2020, https://arxiv.org/abs/2002.05709
     accelerate launch --mixed_precision bf16 simclr.py --data cifar10 --epochs 500
     accelerate launch --multi_gpu --num_processes 8 simclr.py --data FOLDER --batch-size 4096
 
-The run is kept in --out. It can be stopped at any time; the same command continues it.
+The run is kept in --out. It can be stopped at any time; the same command resumes it from its last
+checkpoint, and it ends as if it had never been stopped.
 
 Where to find the parts of the paper:
 - Eq. 1, NT-Xent: `nt_xent`
@@ -359,7 +360,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--augment",
         nargs="+",
         choices=OPERATIONS,
-        help="operations that make a view (default: all, but blur only above 64 pixels)",
+        help="operations; crop includes flips (default: all, but blur only above 64 pixels)",
     )
     add(
         "--crop-scale",

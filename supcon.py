@@ -12,21 +12,26 @@ https://arxiv.org/abs/2004.11362
     accelerate launch --mixed_precision bf16 supcon.py --data cifar10 --epochs 500
     accelerate launch --multi_gpu --num_processes 8 supcon.py --data FOLDER --batch-size 4096
 
-The run is kept in --out. It can be stopped at any time; the same command continues it.
+The run is kept in --out. It can be stopped at any time; the same command resumes it from its last
+checkpoint, and it ends as if it had never been stopped.
 
 Where to find the parts of the paper:
 - Eq. 2, L_out, and Eq. 3, L_in: `supcon_loss`
 - section 3.1, stage 1 (encoder, projection head, two views): the inner loop of `main`
 - section 3.1, stage 2 (a linear classifier): the table at the end of the run, and linear_eval.py
 - section 3.2.3, triplet and N-pairs losses as special cases: the docstring of `supcon_loss`
-- the number of positives (section 4.4 and appendix): --max-positives
+- the number of positives: --max-positives
 
 Differences from the paper and the authors' code:
-- The loss is the mean over the anchors that have a positive, as the equations are printed. The
-  authors' PyTorch code multiplies it by temperature / 0.07, their TensorFlow code by the
-  temperature. So losses and learning rates are not on their scale.
+- The loss is the mean over the anchors that have a positive; Eq. 2 and 3 are sums. It has no other
+  factor. The authors' PyTorch code multiplies it by temperature / 0.07, their TensorFlow code by
+  the temperature. So losses and learning rates are not on their scale.
+- --max-positives leaves the denominator as it is; the authors' TensorFlow code takes the other
+  positives out of it.
 - The optimizer is SGD or AdamW; for ImageNet the paper used LARS.
-- The defaults are for small batches: batch size 256 and a head of width 512.
+- The augmentation is SimCLR's. Cross-entropy is trained on the same two views.
+- The defaults are for small batches: batch size 256, 100 epochs and a head of width 512.
+- --label-noise changes the labels for training only. The evaluation uses the true ones.
 - On CPUs each process has its own batch norm statistics, because PyTorch synchronizes them only on
   GPUs.
 
@@ -129,18 +134,18 @@ def supcon_loss(
     variant: str = "out",
     max_positives: int | None = None,
 ) -> Tensor:
-    """Supervised contrastive loss, mean over the anchors: all views that have a positive.
+    """Supervised contrastive loss, mean over all anchors: the views that have a positive.
 
     With P(i) the other views of anchor i's class, and A(i) all views but i,
 
-        p[i, j] = exp(z[i] z[j] / tau) / sum over a in A(i) of exp(z[i] z[a] / tau)
+        p[i, j] = exp(z[i]·z[j] / tau) / sum over a in A(i) of exp(z[i]·z[a] / tau)
         "out" (Eq. 2): loss of i = -mean over j in P(i) of log p[i, j]
         "in" (Eq. 3):  loss of i = -log( mean over j in P(i) of p[i, j] )
 
     With unique labels it is NT-Xent. With one view, temperature 1 and two images of each class it
-    is the N-pairs loss. With one positive p and one negative n, of unit length, the loss of anchor
+    is what the paper calls the N-pairs loss. With one positive p and one negative n, of unit length, the loss of anchor
     a is ln 2 + (|a - p|^2 - |a - n|^2) / 4 tau + O(x^2), where x = (|a - p|^2 - |a - n|^2) / 2 tau:
-    a triplet loss up to scale and constant, but only for x near 0 (in the paper at any distance).
+    a triplet loss up to scale and constant, but only for x near 0.
 
     Args:
         z: [N, V, D] embeddings of V views of N images. They are used as they are; the paper's have
@@ -149,8 +154,7 @@ def supcon_loss(
         temperature: tau > 0.
         variant: "out" or "in".
         max_positives: the most positives that an anchor may have. Its own views come first, then
-            those of the next images of its class in the batch, in turn. A(i) stays as it is (the
-            authors' TensorFlow code takes the other positives out of it as well).
+            those of the next images of its class in batch order, wrapping around. A(i) stays.
 
     Returns:
         Scalar; ln(NV - 1) if all embeddings are equal, 0 if no anchor has a positive.
@@ -172,7 +176,7 @@ def supcon_loss(
     if max_positives:
         positive &= nearest_in_batch(positive, V, max_positives)
 
-    # log softmax over A(i): its sum over a row is the denominator, from which this leaves i out.
+    # The denominator of the softmax is the sum over A(i): `least` on the diagonal excludes i.
     least = torch.finfo(z.dtype).min
     log_p = (z @ z.T / temperature).fill_diagonal_(least).log_softmax(1)
     count = positive.sum(1).clamp(min=1).to(z.dtype)  # |P(i)|
@@ -187,9 +191,9 @@ def supcon_loss(
 
 
 def nearest_in_batch(positive: Tensor, V: int, most: int) -> Tensor:
-    """Which of the positives [NV, NV] are among the first `most` of each row.
+    """A mask of the columns up to each row's positive number `most`, [NV, NV].
 
-    A row is searched from the first view of its anchor's image on, and around the batch.
+    The columns are counted from the first view of the anchor's image on, wrapping around.
     """
     i = torch.arange(len(positive), device=positive.device)
     first = (i // V * V)[:, None]
@@ -347,7 +351,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--label-noise",
         type=common.fraction,
         default=0.0,
-        help="share of the training images that get a wrong label",
+        help="share of the images that are given a wrong label, in training only",
     )
     add(
         "--image-size",
@@ -358,7 +362,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--augment",
         nargs="+",
         choices=OPERATIONS,
-        help="operations that make a view (default: all, but blur only above 64 pixels)",
+        help="operations; crop includes flips (default: all, but blur only above 64 pixels)",
     )
     add(
         "--crop-scale",
@@ -447,7 +451,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     common.check_launcher()
     common.tune_cpu(device)
 
-    # Data: labeled images to train on, which also serve to evaluate, with test images.
+    # Data: labeled images to train on, which are also used for evaluation, with test images.
     _, images, test = common.load_splits(
         args.data, args.root, args.limit, device, args.workers, args.stream
     )

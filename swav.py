@@ -10,7 +10,8 @@ Caron, Misra, Mairal, Goyal, Bojanowski and Joulin, NeurIPS 2020, https://arxiv.
     accelerate launch --mixed_precision bf16 swav.py --data cifar10 --epochs 500
     accelerate launch --multi_gpu --num_processes 8 swav.py --data FOLDER --prototypes 3000
 
-The run is kept in --out. It can be stopped at any time; the same command continues it.
+The run is kept in --out. It can be stopped at any time; the same command resumes it from its last
+checkpoint, and it ends as if it had never been stopped.
 
 Where to find the parts of the paper:
 - Eq. 2 and Eq. 6, swapped prediction over all crops: `swapped_prediction_loss`
@@ -486,7 +487,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--augment",
         nargs="+",
         choices=OPERATIONS,
-        help="operations that make a crop (default: all, but blur only above 64 pixels)",
+        help="operations; crop includes flips (default: all, but blur only above 64 pixels)",
     )
     add(
         "--color-strength",
