@@ -143,9 +143,9 @@ def supcon_loss(
         "in" (Eq. 3):  loss of i = -log( mean over j in P(i) of p[i, j] )
 
     With unique labels it is NT-Xent. With one view, temperature 1 and two images of each class it
-    is what the paper calls the N-pairs loss. With one positive p and one negative n, of unit length, the loss of anchor
-    a is ln 2 + (|a - p|^2 - |a - n|^2) / 4 tau + O(x^2), where x = (|a - p|^2 - |a - n|^2) / 2 tau:
-    a triplet loss up to scale and constant, but only for x near 0.
+    is what the paper calls the N-pairs loss. With one positive p and one negative n, of unit
+    length, the loss of anchor a is ln 2 + (|a - p|^2 - |a - n|^2) / 4 tau + O(x^2), where
+    x = (|a - p|^2 - |a - n|^2) / 2 tau: a triplet loss up to scale and constant, for x near 0.
 
     Args:
         z: [N, V, D] embeddings of V views of N images. They are used as they are; the paper's have
