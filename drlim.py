@@ -657,6 +657,16 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
 # --------------------------------------------------------------------------------------
 
 
+def choose_image_size(args: argparse.Namespace, side: int) -> None:
+    """Check --image-size and --shifts; by default the size is that of the images, `side`."""
+    largest = 32 if args.arch == "paper" else 224
+    args.image_size = args.image_size or min(side, largest)
+    if args.image_size > largest:
+        common.fail(f"--image-size {args.image_size} must be at most {largest} for this --arch")
+    if any(abs(shift) >= args.image_size for shift in args.shifts):
+        common.fail(f"--shifts must be smaller than the images of {args.image_size} pixels")
+
+
 def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     """Learn the map, evaluate it, and leave the run in --out."""
     args = parse_arguments(argv)
@@ -672,12 +682,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     )
     args = parse_arguments(argv, PRESETS.get(args.data))  # again, with the defaults for this data
     bank, test_images = bank or images, test_images or images
-    largest = 32 if args.arch == "paper" else 224
-    args.image_size = args.image_size or min(bank.side, largest)
-    if args.image_size > largest:
-        common.fail(f"--image-size {args.image_size} must be at most {largest} for this --arch")
-    if any(abs(shift) >= args.image_size for shift in args.shifts):
-        common.fail(f"--shifts must be smaller than the images of {args.image_size} pixels")
+    choose_image_size(args, bank.side)
     classes = find_classes(args.classes, list(bank.classes) or ["all"])
     is_paper = args.arch == "paper"
     train = load_samples(bank, classes, args.per_class, args.image_size, args.shifts, is_paper)

@@ -514,6 +514,31 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
 # --------------------------------------------------------------------------------------
 
 
+def choose_groups_and_queue(
+    args: argparse.Namespace, keys: int, images: int, processes: int
+) -> None:
+    """Check --bn-splits and --queue-size, and choose them if they are not given.
+
+    Args:
+        args: the flags, in which both are set.
+        keys: keys of a step, over all processes.
+        images: how many there are to train on.
+        processes: how many there are.
+
+    Raises:
+        SystemExit: if they do not suit the batch.
+    """
+    args.bn_splits = args.bn_splits or default_bn_splits(args.batch_size, processes)
+    if keys % args.bn_splits or args.bn_splits == keys or args.bn_splits % processes:
+        common.fail(
+            f"--bn-splits {args.bn_splits} must be a multiple of the {processes} processes, and "
+            f"divide {keys} images into groups of two or more"
+        )
+    args.queue_size = args.queue_size or default_queue_size(images, keys)
+    if args.queue_size < keys:
+        common.fail(f"--queue-size {args.queue_size} must be at least the {keys} keys of a step")
+
+
 def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     """Pretrain, evaluate, and leave the run in --out."""
     args = parse_arguments(argv)
@@ -536,24 +561,13 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     recipe = augmentation(args.augment, args.image_size, args.crop_scale, args.jitter)
     common.check_batch_size(args.batch_size, len(images), processes)
 
-    # Groups of batch norm, and the queue.
     keys = args.batch_size * (2 if args.symmetric else 1)  # of a step, over all processes
-    args.bn_splits = args.bn_splits or default_bn_splits(args.batch_size, processes)
-    if keys % args.bn_splits or args.bn_splits == keys or args.bn_splits % processes:
-        common.fail(
-            f"--bn-splits {args.bn_splits} must be a multiple of the {processes} processes, and "
-            f"divide {keys} images into groups of two or more"
-        )
-    args.queue_size = args.queue_size or default_queue_size(len(images), keys)
-    if args.queue_size < keys:
-        common.fail(f"--queue-size {args.queue_size} must be at least the {keys} keys of a step")
+    choose_groups_and_queue(args, keys, len(images), processes)
     if len(images) < 2 * args.queue_size:
         accelerator.print(
             f"warning: --queue-size {args.queue_size} is above half of the {len(images)} images: "
             "too often, a negative shows the query's own image"
         )
-
-    # Length of the run.
     epoch_steps = len(images) // args.batch_size
     total_steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
     warmup_steps = min(round(args.warmup_epochs * epoch_steps), total_steps - 1)

@@ -442,6 +442,13 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
 # --------------------------------------------------------------------------------------
 
 
+def classifier_accuracy(network: nn.Sequential, test: common.ImageSet, size: int) -> float:
+    """Accuracy in percent of encoder and classifier on the test images, in float32."""
+    layers = nn.Sequential(*network)  # without the autocast that Accelerate gave to `network`
+    scores = common.extract_features(layers, test, size)
+    return common.accuracy(scores, test.labels)
+
+
 def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     """Pretrain, evaluate, and leave the run in --out."""
     args = parse_arguments(argv)
@@ -594,9 +601,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         if (epoch + 1) % args.eval_every == 0 or step == total_steps:
             row["knn"] = common.knn_accuracy(encoder, images, test, args.image_size)
             if args.loss == "ce":
-                # These are the layers of `network` without the autocast that Accelerate gave it.
-                scores = common.extract_features(nn.Sequential(*network), test, args.image_size)
-                row["classifier"] = common.accuracy(scores, test.labels)
+                row["classifier"] = classifier_accuracy(network, test, args.image_size)
         rows.append(row)
         accelerator.print(common.format_row(row, CONSOLE_METRICS[args.loss]))
         for problem in find_problems(row, step > max(warmup_steps, epoch_steps)):
