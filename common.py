@@ -844,7 +844,8 @@ def _list_folder(data: str, split: str) -> tuple[np.ndarray, Sequence[int], Sequ
     try:
         train, test = (torchvision.datasets.ImageFolder(part) for part in parts[:2])
     except OSError as error:  # no class folders, or one without images: the message says which
-        fail(str(error).splitlines()[0])
+        reason = str(error).splitlines()[0]
+        fail(f"--data {data} lacks images ({reason}): add some, or remove the empty folder")
     different = sorted({*train.classes} ^ {*test.classes})
     if different:
         fail(
@@ -1310,6 +1311,8 @@ def write_results(out: Path, rows: list[dict], title: str) -> None:
 def print_results(out: Path) -> None:
     """Show the table of a run that is finished."""
     rows = read_json(out / "results.json")
+    if not rows or not isinstance(rows, list):
+        fail(f"{out / 'results.json'} holds no results: delete it and repeat the command")
     PartialState().print(f"{out} is finished:\n{format_table(rows)}")
 
 

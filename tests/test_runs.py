@@ -368,6 +368,7 @@ def test_a_run_of_the_code_before_this_format_is_refused(method, few, tmp_path, 
         ("config.json", None),
         ("checkpoint.pt", b"PK"),
         ("results.json", b"[{"),
+        ("results.json", b"[]"),
     ],
 )
 def test_a_damaged_run_is_refused_in_one_line(plain, method, few, tmp_path, capsys, name, content):
