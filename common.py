@@ -6,6 +6,7 @@ encoders; evaluation; console and pictures.
 
 import argparse
 import ctypes
+import gc
 import hashlib
 import json
 import math
@@ -18,17 +19,26 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
+import psutil
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 import torchvision
-from accelerate import PartialState
-from accelerate.utils import broadcast, gather, gather_object, tqdm
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    InitProcessGroupKwargs,
+    broadcast,
+    broadcast_object_list,
+    gather,
+    gather_object,
+    tqdm,
+)
 from PIL import Image, ImageColor, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -44,7 +54,7 @@ SETS = {
     "stl10": "STL10",
 }
 ARCHITECTURES = ("small", "resnet18", "resnet34", "resnet50")
-MEMORY_LIMIT = 8 * 2**30  # bytes of uint8 pixels that may be kept on the device
+MEMORY_LIMIT = 8 * 2**30  # bytes of pixels that may be kept on the device, at most
 
 
 # --------------------------------------------------------------------------------------
@@ -70,14 +80,37 @@ def fail(message: str, every_process: bool = False) -> NoReturn:
 
 
 @contextmanager
-def on_interrupt(advice: str) -> Iterator[None]:
-    """Let Ctrl-C end the program with one line of advice instead of a traceback."""
+def entry_point(advice: str) -> Iterator[None]:
+    """Surround the main function of a script that is started from the command line.
+
+    Ctrl-C ends the program with one line of advice instead of a traceback, and so does a lack of
+    memory. At a regular end the processes part cleanly.
+    """
     try:
         yield
     except KeyboardInterrupt:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"\ninterrupted: {advice}", file=sys.stderr, flush=True)
         raise SystemExit(128 + signal.SIGINT) from None
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0] or repr(error)
+        fail(
+            f"there is not enough memory ({reason:.150}): use smaller images, a smaller batch or "
+            "a smaller network, and another --out",
+            every_process=True,
+        )
+
+    # DDP holds on to the process group. If it outlived the group, one run in ten would abort.
+    gc.collect()
+    PartialState().destroy_process_group()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, of the host or of a device."""
+    phrases = ("can't allocate memory", "calculation overflowed", "out of memory")
+    return isinstance(error, MemoryError) or any(phrase in str(error) for phrase in phrases)
 
 
 @contextmanager
@@ -141,7 +174,52 @@ def generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
 
-def check_launcher() -> None:
+def start_accelerator(log_with: str | None = None, folder: Path | None = None) -> Accelerator:
+    """Start Accelerate as its launcher says, and use the CPUs well.
+
+    Args:
+        log_with: an experiment tracker.
+        folder: where the tracker writes files.
+
+    Raises:
+        SystemExit: if the launcher asks for what the scripts do not support. The message is one
+            line.
+    """
+    refuse_other_modes()
+    # One process may download a data set while the others wait for it.
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+    accelerator = Accelerator(log_with=log_with, project_dir=folder, kwargs_handlers=[patient])
+    check_number_of_processes(accelerator)
+    if accelerator.device.type == "cpu":
+        tune_cpu()
+    return accelerator
+
+
+def refuse_other_modes() -> None:
+    """Fail on modes of Accelerate in which the scripts would be wrong.
+
+    A loss that compares the images of a whole batch cannot accumulate gradients, and the scaler of
+    fp16 would be missing in checkpoints. The launcher passes the modes, also those of the user's
+    configuration file, as environment variables. Accelerate itself would end in a traceback if,
+    say, DeepSpeed is not installed.
+    """
+    given = os.environ.get
+    found = []
+    for mode in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if given(f"ACCELERATE_USE_{mode}", "").lower() == "true":
+            found.append(mode)
+    if given("ACCELERATE_MIXED_PRECISION", "no") not in ("no", "bf16"):
+        found.append(f"mixed precision {given('ACCELERATE_MIXED_PRECISION')}")
+    if given("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":
+        found.append("gradient accumulation")
+    if found:
+        fail(
+            f"Accelerate was asked for {', '.join(found)}, which is not supported: use CPUs, one "
+            "GPU or several GPUs (--multi_gpu), in float32 or with --mixed_precision bf16"
+        )
+
+
+def check_number_of_processes(accelerator: Accelerator) -> None:
     """Refuse to run on fewer processes than the user asked for.
 
     `accelerate launch --cpu --num_processes 2` silently starts a single process. The variables
@@ -149,20 +227,23 @@ def check_launcher() -> None:
     """
     several_on_cpu = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ
     asked_for = int(os.environ.get("WORLD_SIZE", 2 if several_on_cpu else 1))
-    if asked_for > PartialState().num_processes:
+    if asked_for > accelerator.num_processes:
         fail(
             "several processes were asked for, but Accelerate started only one: on CPUs, use "
             "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N SCRIPT"
         )
 
 
-def tune_cpu(device: torch.device) -> None:
-    """Use all cores, and keep freed memory for the next step, if `device` is a CPU."""
-    if device.type != "cpu":
-        return
-    # `accelerate launch`, which sets this variable, gives every process a single thread.
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:
-        torch.set_num_threads(max(1, os.cpu_count() // PartialState().num_processes))
+def local_processes() -> int:
+    """How many processes share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def tune_cpu() -> None:
+    """Use all cores, and keep freed memory for the next step."""
+    # The launchers, which set these variables, give every process a single thread.
+    if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & set(os.environ):
+        torch.set_num_threads(max(1, os.cpu_count() // local_processes()))
     # By default glibc returns large blocks to the system when they are freed. Asking for them
     # anew at every step costs a tenth of the time.
     m_trim_threshold, m_mmap_max = -1, -4
@@ -170,6 +251,37 @@ def tune_cpu(device: torch.device) -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(m_trim_threshold, -1)
         libc.mallopt(m_mmap_max, 0)
+
+
+def on_main_process(function: Callable[..., Any], *arguments: object) -> Any:
+    """Call a function on the main process only, and give its result to all processes.
+
+    On several machines only the main process may see the files of a run. If the function fails
+    there, all processes end.
+    """
+    result, code = None, None
+    if PartialState().is_main_process:
+        try:
+            result = function(*arguments)
+        except SystemExit as exit_:
+            code = exit_.code
+    result, code = broadcast_object_list([result, code])
+    if code is not None:
+        raise SystemExit(code)
+    return result
+
+
+def check_agreement(settings: dict) -> None:
+    """Fail if the processes were not all started with the same flags and images."""
+    everyone = gather_object([json.dumps(settings)])
+    differing = [
+        name for name in settings if len({json.dumps(json.loads(s)[name]) for s in everyone}) > 1
+    ]
+    if differing:
+        fail(
+            f"the machines do not agree on {', '.join(differing)}: start the same command on each, "
+            "with the same images"
+        )
 
 
 # --------------------------------------------------------------------------------------
@@ -353,7 +465,11 @@ class RandomResizedCrop(NamedTuple):
 
         if max(H, W) <= self.size:
             return self._enlarge(x, start, length, at)
-        return self._shrink(x, start, length, at)
+        # Each image is copied as float32. That is done for 256 MiB at a time.
+        at_once = max(1, 2**26 // x[0].numel())
+        split = [values.split(at_once) for values in (x, start, length, at)]
+        parts = [self._shrink(*part) for part in zip(*split, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _enlarge(self, x: Tensor, start: Tensor, length: Tensor, at: Tensor) -> Tensor:
         """No crop is larger than the result: each new pixel is a mean of the four around it."""
@@ -748,7 +864,7 @@ def load_splits(
         device: where the images are kept.
         workers: processes (or threads) that read files; by default one per core, at most 16.
         stream: read files whenever they are needed. Otherwise files of one size that fit into
-            MEMORY_LIMIT are read at once.
+            `memory_limit` are read at once, by every process.
 
     Returns:
         The images to pretrain on, the labeled training images, which are the same except for
@@ -758,8 +874,7 @@ def load_splits(
         SystemExit: with one line, if there is no such data or a file cannot be read.
     """
     if workers is None:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = min(16, math.ceil(os.cpu_count() / processes))
+        workers = min(16, math.ceil(os.cpu_count() / local_processes()))
     load = partial(_load_split, data, root, limit, device, workers, stream)
     splits = [Path(data, name) for name in ("train", "val", "test")]
     if data not in SETS and not any(split.is_dir() for split in splits):
@@ -795,7 +910,7 @@ def _load_split(
     else:
         names = os.fsencode("\n".join(source))
         fingerprint += f" ({hashlib.sha256(names).hexdigest()[:8]})"
-        pixels = None if stream else _decode(source, workers)
+        pixels = None if stream else _decode(source, workers, memory_limit())
     if pixels is None:
         return ImageFiles(source, labels, device, workers, classes, fingerprint)
     return ImagesInMemory(pixels.to(device), labels, classes, fingerprint)
@@ -823,7 +938,8 @@ def _read_named_set(
         return images.data, images.labels, images.classes
     pixels = np.asarray(images.data)
     pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
-    return pixels, images.targets, images.classes
+    # Pixels that lie apart in memory take four times as long to select.
+    return np.ascontiguousarray(pixels), images.targets, images.classes
 
 
 def _list_folder(data: str, split: str) -> tuple[np.ndarray, Sequence[int], Sequence[str]]:
@@ -859,19 +975,37 @@ def _list_folder(data: str, split: str) -> tuple[np.ndarray, Sequence[int], Sequ
 def _find_images(folder: str) -> list[str]:
     """All images below a folder, in order, except the pictures of runs."""
     suffixes = torchvision.datasets.folder.IMG_EXTENSIONS
-    files = []
-    for path, _, names in os.walk(folder, followlinks=True):
-        if "config.json" not in names:
+    files, visited = [], set()
+    for path, folders, names in os.walk(folder, followlinks=True):
+        # A link to a folder above itself would be followed forever.
+        place = Path(path).resolve()
+        if place in visited:
+            folders.clear()
+        elif "config.json" not in names:
             files += [str(Path(path, name)) for name in names if name.lower().endswith(suffixes)]
+        visited.add(place)
     return sorted(files)
 
 
-def _decode(paths: np.ndarray, workers: int) -> Tensor | None:
-    """All files as [N, 3, H, W] uint8, or None if they differ in size or are too many."""
+def memory_limit() -> int:
+    """How many bytes of pixels each process may keep on its device.
+
+    It depends on what the machines have, not on what is free, so that a resumed run decides as it
+    did before; and it is the same on all processes.
+    """
+    limit = min(MEMORY_LIMIT, psutil.virtual_memory().total // (4 * local_processes()))
+    device = PartialState().device
+    if device.type == "cuda":
+        limit = min(limit, torch.cuda.get_device_properties(device).total_memory // 4)
+    return min(gather_object([limit]))
+
+
+def _decode(paths: np.ndarray, workers: int, limit: int) -> Tensor | None:
+    """All files as [N, 3, H, W] uint8, or None if they differ in size or exceed `limit` bytes."""
     pool = ThreadPoolExecutor(workers)
     try:
         first = read_image(paths[0])
-        if len(paths) * first.numel() > MEMORY_LIMIT:
+        if len(paths) * first.numel() > limit:
             return None
         pixels = torch.empty(len(paths), *first.shape, dtype=torch.uint8)
         images = pool.map(read_image, paths)
@@ -994,6 +1128,23 @@ def build_encoder(
     return encoder
 
 
+class Normalize(nn.Module):
+    """Subtracts the mean of each channel, and divides by its standard deviation.
+
+    As torchvision's, but for the statistics, which move to the device together with the network.
+    torchvision's would copy them, and wait, for each batch.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(std)[:, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] to the same shape."""
+        return (x - self.mean) / self.std
+
+
 def save_encoder(path: str | Path, encoder: nn.Module, **metadata: object) -> None:
     """Write the weights under torchvision's names as safetensors, with metadata as strings."""
     weights = {
@@ -1002,8 +1153,9 @@ def save_encoder(path: str | Path, encoder: nn.Module, **metadata: object) -> No
     metadata = {name: str(value) for name, value in metadata.items()}
     try:
         with atomic_write(path) as file:
-            safetensors.torch.save_file(weights, file, metadata)
-    except (OSError, safetensors.SafetensorError) as error:
+            # Unlike save_file, this leaves it to the user's umask who may read the file.
+            file.write_bytes(safetensors.torch.save(weights, metadata))
+    except OSError as error:
         fail(f"{path} cannot be written ({error}): free some space and repeat the command")
 
 
@@ -1151,7 +1303,7 @@ def train_probes(
 
     passes = max(epochs, 400 * batch // n)
     order = [torch.randperm(n, generator=rng)[: n // batch * batch] for _ in range(passes)]
-    steps = torch.cat(order).split(batch)
+    steps = torch.cat(order).to(x.device).split(batch)  # once: each copy would be waited for
     for step, i in enumerate(progress(steps, "linear probe")):
         loss = probe_losses(W, x[i], y[i])[0].mean(0) + 0.5 * decay * W.square().sum((0, 2))
         # One optimizer serves all cells: a cell's own rate multiplies its loss, hence its gradient.
@@ -1190,7 +1342,7 @@ def linear_probe(
 
     # Sorted by class, every tenth image makes a fair sample of the classes.
     order = torch.randperm(len(x), generator=rng)
-    order = order[y.cpu()[order].argsort(stable=True)]
+    order = order[y.cpu()[order].argsort(stable=True)].to(x.device)
     train, held_out = order[torch.arange(len(x)) % 10 > 0], order[::10]
 
     rates, decays = (1.0, 3.0, 10.0, 30.0, 100.0), (0.0, 1e-5, 1e-4)
@@ -1259,8 +1411,9 @@ def compare_features(
         for name, draws in subsets.items():
             accuracies = torch.zeros(2)
             for i in draws:
-                votes = knn_predict(x[i], labels[i], x_test, min(20, len(i)), 0.07, classes)
-                logits, _ = linear_probe(x[i], labels[i], x_test, classes, seed)
+                h = x[i.to(x.device)]
+                votes = knn_predict(h, labels[i], x_test, min(20, len(i)), 0.07, classes)
+                logits, _ = linear_probe(h, labels[i], x_test, classes, seed)
                 accuracies += torch.tensor([accuracy(v, test.labels) for v in (votes, logits)])
                 bar.update()
             row[f"kNN{name}"], row[f"linear{name}"] = (accuracies / len(draws)).tolist()
@@ -1308,12 +1461,15 @@ def write_results(out: Path, rows: list[dict], title: str) -> None:
     PartialState().print(f"{title}:\n{format_table(rows)}")
 
 
-def print_results(out: Path) -> None:
-    """Show the table of a run that is finished."""
-    rows = read_json(out / "results.json")
+def read_results(out: Path) -> list[dict] | None:
+    """The rows of results.json, or None if the run is not finished."""
+    path = out / "results.json"
+    if not path.exists():
+        return None
+    rows = read_json(path)
     if not rows or not isinstance(rows, list):
-        fail(f"{out / 'results.json'} holds no results: delete it and repeat the command")
-    PartialState().print(f"{out} is finished:\n{format_table(rows)}")
+        fail(f"{path} holds no results: delete it and repeat the command")
+    return rows
 
 
 def principal_axes(x: Tensor, count: int, seed: int) -> Tensor:

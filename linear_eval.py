@@ -55,10 +55,9 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
-from torchvision.transforms.v2 import Normalize
 
 import common
-from common import ImageSet, RandomResizedCrop
+from common import ImageSet, Normalize, RandomResizedCrop
 
 # Mean and standard deviation of the three channels of the inputs.
 STATISTICS = {
@@ -291,7 +290,7 @@ def train(
         accelerator: of the run.
 
     Returns:
-        The encoder with its layer.
+        The encoder with its layer, in float32.
     """
     device, processes = accelerator.device, accelerator.num_processes
     torch.manual_seed(seed)
@@ -336,7 +335,9 @@ def train(
         loss.backward()
         optimizer.step()
         scheduler.step()
-    return network
+
+    accelerator.free_memory()  # DDP, of this seed
+    return nn.Sequential(*network)  # the same layers without Accelerate's autocast, to evaluate
 
 
 # --------------------------------------------------------------------------------------
@@ -549,10 +550,8 @@ def check_unchanged(encoder: nn.Module, before: dict[str, Tensor]) -> None:
 def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     """Evaluate an encoder, print the table and add the result to eval.json."""
     args = parse_arguments(argv)
-    accelerator = Accelerator()
+    accelerator = common.start_accelerator()
     device, processes = accelerator.device, accelerator.num_processes
-    common.check_launcher()
-    common.tune_cpu(device)
 
     # Encoder: one of these scripts, another repository's (with a note on what was used), or random.
     is_random = args.encoder == "random"
@@ -617,12 +616,12 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
                 h_test = common.extract_features(network, test, size, images_at_once)
 
         y, chosen = bank.labels[labeled], {}
+        if on_features:
+            x = h[labeled.to(device)]
         if args.protocol == "knn":
-            scores = common.knn_predict(
-                h[labeled], y, h_test, args.knn_k, args.knn_temperature, classes
-            )
+            scores = common.knn_predict(x, y, h_test, args.knn_k, args.knn_temperature, classes)
         elif args.protocol == "linear":
-            scores, chosen = common.linear_probe(h[labeled], y, h_test, classes, seed)
+            scores, chosen = common.linear_probe(x, y, h_test, classes, seed)
         else:
             frozen = args.protocol == "linear-augmented"
             start = network if frozen else copy.deepcopy(network)
@@ -682,5 +681,5 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
 
 
 if __name__ == "__main__":
-    with common.on_interrupt("nothing was recorded; run the same command to start over"):
+    with common.entry_point("nothing was recorded; run the same command to start over"):
         main()

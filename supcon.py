@@ -252,45 +252,46 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
 # --------------------------------------------------------------------------------------
 
 
-def open_run(out: Path, settings: dict, accelerator: Accelerator) -> dict | None:
+def open_run(
+    out: Path, settings: dict, accelerator: Accelerator
+) -> tuple[dict | None, list[dict] | None]:
     """Create the folder of a run and its config.json, or reopen it.
 
     Args:
         out: a folder that is new, empty, or holds a run with the same settings.
         settings: all that the result of the run depends on.
-        accelerator: the run's; only its main process writes.
+        accelerator: the run's.
 
     Returns:
-        The checkpoint to resume from, or None if there is none yet.
+        The checkpoint to resume from, and the results of the run if it is finished. Each is None if
+        there is none yet.
 
     Raises:
         SystemExit: if the folder holds anything else, or cannot be used. The message is one line.
     """
     path = out / "config.json"
-    is_new = not path.exists()
-    if is_new and any(out.glob("[!.]*")):
-        common.fail(f"{out} is not empty and does not hold a run: choose another --out")
-    if not is_new:
-        config = common.read_json(path)
-        if not isinstance(config, dict) or config.get("format") != RUN_FORMAT:
-            common.fail(f"{out} was made by another version of this code: choose another --out")
-        before = config.get("settings", {})
-        changed = [name for name in settings if settings[name] != before.get(name)]
-        if changed:
-            previous = ", ".join(f"{name} was {before.get(name)}" for name in changed)
-            common.fail(
-                f"{out} holds a run with other settings ({previous}): "
-                "repeat its command to resume it, or choose another --out"
-            )
-
-    accelerator.wait_for_everyone()
-    if is_new and accelerator.is_main_process:
+    if not path.exists():
+        if any(out.glob("[!.]*")):
+            common.fail(f"{out} is not empty and does not hold a run: choose another --out")
         packages = {name: version(name) for name in ("torch", "torchvision", "accelerate")}
         devices = f"{accelerator.num_processes} x {accelerator.device}"
         config = {"format": RUN_FORMAT, "settings": settings}
         common.write_json(path, config | {"devices": devices, "versions": packages})
+
+    config = common.read_json(path)
+    if not isinstance(config, dict) or config.get("format") != RUN_FORMAT:
+        common.fail(f"{out} was made by another version of this code: choose another --out")
+    before = config.get("settings", {})
+    changed = [name for name in settings if settings[name] != before.get(name)]
+    if changed:
+        previous = ", ".join(f"{name} was {before.get(name)}" for name in changed)
+        common.fail(
+            f"{out} holds a run with other settings ({previous}): "
+            "repeat its command to resume it, or choose another --out"
+        )
     checkpoint = out / "checkpoint.pt"
-    return common.read_checkpoint(checkpoint) if checkpoint.exists() else None
+    state = common.read_checkpoint(checkpoint) if checkpoint.exists() else None
+    return state, common.read_results(out)
 
 
 def save_run(out: Path, state: dict) -> None:
@@ -453,10 +454,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     """Pretrain, evaluate, and leave the run in --out."""
     args = parse_arguments(argv)
     torch.backends.cudnn.benchmark = True
-    accelerator = Accelerator(log_with=args.log_with, project_dir=args.out)
+    accelerator = common.start_accelerator(args.log_with, args.out)
     device, processes = accelerator.device, accelerator.num_processes
-    common.check_launcher()
-    common.tune_cpu(device)
 
     # Data: labeled images to train on, which are also used for evaluation, with test images.
     _, images, test = common.load_splits(
@@ -508,9 +507,10 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     settings |= {"method": "supcon", "images": images.fingerprint, "classes": classes}
     settings |= {"mixed_precision": accelerator.mixed_precision}
-    checkpoint = open_run(args.out, settings, accelerator)
-    if (args.out / "results.json").exists():
-        common.print_results(args.out)
+    common.check_agreement(settings)
+    checkpoint, results = common.on_main_process(open_run, args.out, settings, accelerator)
+    if results:
+        accelerator.print(f"{args.out} is finished:\n{common.format_table(results)}")
         return
 
     step, losses, rows = 0, [], []  # the losses are those of the current epoch
@@ -625,9 +625,10 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         "data": args.data,
     }
     common.finish(args.out, encoder, about, images, test, args.seed, rows[-1])
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
 
 
 if __name__ == "__main__":
-    with common.on_interrupt("the same command continues from the last checkpoint"):
+    with common.entry_point("the same command continues from the last checkpoint"):
         main()
