@@ -150,6 +150,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
         # faster than the copies that a single call needs.
         normalize = self.in_one_call if x.is_cuda else self.part_by_part
         y = normalize(x, means, variances)
+        self.num_batches_tracked += 1
         self.running_mean.copy_(means.mean(0))
         self.running_var.copy_(variances.mean(0))
         return y

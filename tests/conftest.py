@@ -18,6 +18,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import common
 
@@ -178,13 +180,15 @@ def start(
     *argv: object,
     output: Path,
     processes: int = 1,
+    machines: int = 1,
     environment: dict | None = None,
     **options: object,
 ) -> Started:
     """Run a script ("simclr"), or a function of the tests ("module.function"), in real processes.
 
     It is as `command`, but for the seconds that Python needs to import torch. Several processes
-    find each other as torchrun's would. For the options see child.py.
+    find each other as torchrun's would, who share equally so many machines. For the options see
+    child.py.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -194,8 +198,11 @@ def start(
     for rank in range(processes):
         variables = dict(environment or {})
         if processes > 1:
-            variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            variables |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+            per_machine = processes // machines
+            variables |= {"RANK": str(rank), "WORLD_SIZE": str(processes)}
+            variables |= {"GROUP_RANK": str(rank // per_machine)}
+            variables |= {"LOCAL_RANK": str(rank % per_machine)}
+            variables |= {"LOCAL_WORLD_SIZE": str(per_machine)}
             variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         process = server.Process(
             target=target, args=(what, [*map(str, argv)], str(output), variables, options)
@@ -203,6 +210,25 @@ def start(
         process.start()
         started.append(process)
     return Started(processes=started, output=output)
+
+
+# --------------------------------------------------------------------------------------
+# What is computed
+# --------------------------------------------------------------------------------------
+
+
+class Calls(TorchDispatchMode):
+    """Notes the operations that are called, with the devices of their tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.devices = [], set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        tensors = [v for v in tree_leaves((args, kwargs)) if torch.is_tensor(v)]
+        self.devices.add(frozenset(v.device.type for v in tensors if v.ndim))
+        return function(*args, **(kwargs or {}))
 
 
 # --------------------------------------------------------------------------------------

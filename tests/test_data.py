@@ -57,7 +57,7 @@ def test_memory_that_a_step_freed_is_there_for_the_next(tmp_path):
         pytest.skip("it is glibc that would hand the memory back")
     program = """
 import resource, torch, common
-common.tune_cpu(torch.device("cpu"))
+common.tune_cpu()
 def faults():
     began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     _ = [torch.ones(10 * 2**20) for _ in range(6)]  # 40 MiB: glibc's own threshold ends at 32

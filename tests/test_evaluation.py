@@ -1,12 +1,14 @@
 """Encoders, features, kNN and probe."""
 
 import math
+import os
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import Calls
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -101,6 +103,16 @@ def test_probe_chooses_among_decays_too():
     chosen = [linear_probe(x, y, x[:1], 2, seed)[1] for seed in range(6)]
     assert len({choice["weight_decay"] for choice in chosen}) > 1
     assert len({choice["lr"] for choice in chosen}) > 1
+
+
+def test_a_probe_on_another_device_moves_nothing_while_it_trains():
+    # The device "meta" computes shapes only. An index on the CPU would be copied at each step, and
+    # a GPU would be waited for.
+    x, y = torch.empty(50, 6, device="meta"), torch.empty(50, device="meta", dtype=torch.long)
+    with Calls() as calls:
+        common.train_probes(x, y, 3, [(1.0, 0.0), (3.0, 1e-4)], 2, common.generator(0))
+    assert calls.names.count("aten._to_copy.default") < 5
+    assert all("cpu" not in devices or len(devices) == 1 for devices in calls.devices)
 
 
 def test_held_out_tenth_has_every_class():
@@ -228,6 +240,22 @@ def test_comparison_tells_good_features_from_bad_and_counts_labels():
         "linear",
     }
     assert "raw pixels" in common.format_table(rows) and "100.0" in common.format_table(rows)
+
+
+def test_normalize_is_torchvisions_and_its_statistics_move_with_the_network():
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    x, normalize = torch.rand(4, 3, 5, 5), common.Normalize(mean, std)
+    torch.testing.assert_close(normalize(x), torchvision.transforms.v2.Normalize(mean, std)(x))
+    assert all(v.device.type == "meta" for v in normalize.to("meta").buffers())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there is no umask")
+def test_others_may_read_an_encoder_as_the_umask_says(tmp_path):
+    for mask in (0o022, 0o077):
+        before = os.umask(mask)
+        common.save_encoder(tmp_path / "e.safetensors", common.build_encoder("small"))
+        os.umask(before)
+        assert (tmp_path / "e.safetensors").stat().st_mode & 0o777 == 0o666 & ~mask
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):

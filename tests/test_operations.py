@@ -8,6 +8,7 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
+import common
 from common import (
     ColorJitter,
     GaussianBlur,
@@ -46,6 +47,14 @@ def test_crop_is_torchvisions_antialiased_resized_crop(size, channels):
     close(crop(x, *u, flip), theirs)
     as_bytes = (x * 255).round().to(torch.uint8)
     torch.testing.assert_close(crop(as_bytes, *u, flip), crop(as_bytes / 255, *u, flip))
+
+
+def test_large_images_are_cropped_in_parts_as_each_alone():
+    x = torch.randint(0, 256, (3, 3, 2900, 3000), dtype=torch.uint8)  # two of them fill a part
+    crop = common.RandomResizedCrop(8)
+    drawn = crop.draw(3, common.generator(0))
+    alone = [crop(x[i : i + 1], *(v[i : i + 1] for v in drawn)) for i in range(3)]
+    torch.testing.assert_close(crop(x, *drawn), torch.cat(alone), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -53,7 +53,8 @@ def test_scripts_import_no_other_script_and_no_other_package(name):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module.split(".")[0])
-    allowed = {"torch", "torchvision", "numpy", "accelerate", "safetensors", "PIL", "common"}
+    allowed = {"torch", "torchvision", "numpy", "accelerate", "common"}
+    allowed |= {"safetensors", "psutil", "PIL"}  # which come with the others
     assert names <= allowed | set(sys.stdlib_module_names)
     assert name != "common" or "common" not in names
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import checkpoint, metrics, run, settings
+from conftest import Calls, checkpoint, metrics, run, settings
 from torch import nn
 
 import common
@@ -120,6 +120,45 @@ def test_lars_neither_decays_nor_adapts_vectors_and_survives_zeros():
     assert bias.tolist() == [2.5, 3.5]
     assert zero.tolist() == [[-0.5, -0.5]] and still.tolist() == [[1, 1]]
     assert unused.tolist() == [[1, 1]]
+
+
+def test_lars_of_several_parameters_is_the_docstrings_for_each():
+    torch.manual_seed(0)
+    shapes = [(3, 4), (4,), (2, 3, 2, 2), (5, 1)]
+    params = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in shapes]
+    groups = [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.3}]
+    optimizer = LARS(groups, lr=0.5, momentum=0.9, weight_decay=0.1, trust_coefficient=0.01)
+    expected = [p.detach().clone() for p in params]
+    buffers = [torch.zeros_like(p) for p in params]
+    for lr in (0.5, 0.2):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        for i, p in enumerate(params):
+            g = p.grad
+            if p.ndim > 1:
+                g = g + (0.1 if i < 2 else 0.3) * expected[i]
+                g = 0.01 * expected[i].norm() / g.norm() * g
+            buffers[i] = 0.9 * buffers[i] + lr * g
+            expected[i] = expected[i] - buffers[i]
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    for p, value in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.detach(), value, rtol=1e-12, atol=1e-12)
+
+
+def test_lars_makes_as_few_calls_for_many_parameters_as_for_few():
+    counts = []
+    for layers in (2, 20):
+        params = [nn.Parameter(torch.ones(2, 2)) for _ in range(layers)]
+        optimizer = LARS(params, lr=0.1, weight_decay=0.1)
+        for _ in range(2):  # The first step also allocates the buffers.
+            for p in params:
+                p.grad = torch.ones(2, 2)
+            with Calls() as calls:
+                optimizer.step()
+        counts.append(len([name for name in calls.names if "unbind" not in name]))
+    assert counts[0] == counts[1] < 25
 
 
 def test_learning_rate_has_three_phases():

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import checkpoint, metrics, settings
+from conftest import Calls, checkpoint, metrics, settings
 from conftest import run as run_tiny
 from PIL import Image
 from torch import nn
@@ -188,6 +188,35 @@ def test_larc_is_sgd_with_momentum_on_adapted_gradients():
         optimizer.param_groups[0]["lr"], p.grad = lr, g.clone()
         optimizer.step()
         torch.testing.assert_close(p.detach(), q, rtol=1e-6, atol=1e-9)
+
+
+def test_larc_adapts_each_parameter_by_its_own_norms():
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(shape)) for shape in ((3, 4), (4,), (2, 3, 2, 2))]
+    before = [p.detach().clone() for p in params]
+    optimizer = LARC(params, lr=1.0, weight_decay=0.1)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    gradients = [p.grad.clone() for p in params]
+    optimizer.step()
+    for p, old, g in zip(params, before, gradients, strict=True):
+        trust = 0.001 * old.norm() / (g.norm() + 0.1 * old.norm())
+        torch.testing.assert_close(p.detach(), old - trust * (g + 0.1 * old))
+
+
+def test_larc_adapts_many_parameters_in_as_few_calls_as_few():
+    counts = []
+    for layers in (2, 20):
+        params = [nn.Parameter(torch.ones(2, 2)) for _ in range(layers)]
+        optimizer = LARC(params, lr=0.1, weight_decay=0.1, foreach=True)
+        for _ in range(2):  # The first step also allocates the buffers.
+            for p in params:
+                p.grad = torch.ones(2, 2)
+            with Calls() as calls:
+                optimizer.step()
+        names = [name for name in calls.names if "unbind" not in name and "detach" not in name]
+        counts.append(len(names))
+    assert counts[0] == counts[1] < 30
 
 
 def test_larc_leaves_zeros_and_parameters_without_gradient():
