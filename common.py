@@ -75,7 +75,9 @@ def fail(message: str, every_process: bool = False) -> NoReturn:
     """
     # Accelerate may not have started yet, so the launcher's own variable is read.
     if every_process or os.environ.get("LOCAL_RANK", "0") == "0":
-        print("error:", *message.splitlines(), file=sys.stderr, flush=True)
+        line = " ".join(message.splitlines())
+        sys.stderr.write(f"error: {line}\n")  # at once, where several processes write
+        sys.stderr.flush()
     raise SystemExit(2)
 
 

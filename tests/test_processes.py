@@ -1,17 +1,21 @@
-"""Two real processes, each with its own half of every batch, do what one process does."""
+"""Several real processes, each with its own part of every batch, do what one process does."""
 
+import json
+import os
+import socket
 import subprocess
 import sys
 
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather
 from conftest import (
     METHODS,
     OWN,
     ROOT,
+    TIMES,
     TINY,
+    TINY_DRLIM,
     arguments,
     assert_same_end,
     checkpoint,
@@ -29,6 +33,10 @@ import simclr
 import supcon
 import swav
 
+MODULES = {"simclr": simclr, "moco": moco, "swav": swav, "supcon": supcon, "drlim": drlim}
+# "groups" is moco.py with batch norm in groups, and "ce" is supcon.py --loss ce.
+NAMES = ("simclr", "moco", "groups", "swav", "supcon", "ce", "drlim")
+
 # --------------------------------------------------------------------------------------
 # What the processes do
 # --------------------------------------------------------------------------------------
@@ -43,35 +51,20 @@ def without_batch_statistics(*_, **__):
     return net
 
 
-def save_steps(folder, out):
-    """Save the batches, the parameter gradients of SimCLR's loss, and features."""
-    accelerator = Accelerator()
-    images, _, test = common.load_splits(folder, "nowhere", None, accelerator.device, 1)
-    recipe = simclr.augmentation(["crop", "color", "gray"], 12, 0.08, 0.5)
-    steps = list(common.batches(images, [(2, recipe)], 8, 0, 0, 3))
-
-    torch.manual_seed(0)
-    net = nn.Sequential(*without_batch_statistics(), nn.Linear(8, 6))
-    odd = torch.arange(17)
-    features = common.extract_features(net, test.take(odd), 12)
+def save_features(folder, out):
+    """Save the features of an odd number of images, in memory and in files."""
+    accelerator = common.start_accelerator()
+    _, _, test = common.load_splits(folder, "nowhere", None, accelerator.device, 1)
     files = common.load_splits(folder, "nowhere", None, accelerator.device, 1, stream=True)[2]
-    features_of_files = common.extract_features(net, files.take(odd), 12, batch=4)
-    model = accelerator.prepare(net)
-    for _, (views,) in steps:
-        z = model(views.flatten(0, 1)).unflatten(0, (2, -1)).transpose(0, 1)
-        z1, z2 = simclr.gather(z, accelerator).unbind(1)
-        loss = simclr.nt_xent(z1, z2, 0.2)
-        accelerator.backward(loss)
-
-    saved = {f"grad {name}": p.grad for name, p in net.named_parameters()}
-    saved |= {"loss": loss.detach()[None], "features": features}
-    saved["features of files"] = features_of_files
-    saved["index"] = torch.cat([gather(index) for index, _ in steps])
-    views = [gather(views.transpose(0, 1).contiguous()) for _, (views,) in steps]
-    saved["views"] = torch.cat(views)
+    torch.manual_seed(0)
+    net = without_batch_statistics()
+    odd = torch.arange(17)
+    saved = {
+        "memory": common.extract_features(net, test.take(odd), 12),
+        "files": common.extract_features(net, files.take(odd), 12, batch=4),
+    }
     if accelerator.is_main_process:
         torch.save(saved, out)
-    accelerator.end_training()
 
 
 def keep_gradients(optimizer, kept):
@@ -84,6 +77,19 @@ def keep_gradients(optimizer, kept):
             super().step(closure)
 
     return Keeping
+
+
+def keep_batches(kept):
+    """Let common.batches keep the index and the views of each step, of all processes."""
+    real = common.batches
+
+    def keeping(*args, **kwargs):
+        for index, views in real(*args, **kwargs):
+            rows = [gather(v.transpose(0, 1).contiguous()) for v in views]  # images come first
+            kept.append({"index": gather(index), "views": rows})
+            yield index, views
+
+    common.batches = keeping
 
 
 def keep_arguments(module, name, keys, kept):
@@ -100,49 +106,56 @@ def keep_arguments(module, name, keys, kept):
     setattr(module, name, keeping)
 
 
-def allow_several_runs():
-    """Keep the processes connected at the end of a run, so that another one can follow."""
-    Accelerator.end_training = lambda self: None
-
-
 def save_methods(folder, out):
     """Run some steps of all methods, and save what must not depend on the number of processes."""
-    allow_several_runs()
-    shared = "--max-steps 5 --optimizer sgd --warmup-epochs 0 --lr 0.1 --batch-size 8"
+    out = f"{out}-machine{os.environ.get('GROUP_RANK', '0')}"  # The machines share no folder.
+    shared = "--epochs 2 --optimizer sgd --warmup-epochs 0 --lr 0.1 --batch-size 12 --eval-every 1"
     own = {
-        "moco": "--bn-splits 4 --queue-size 20 --key-momentum 0.5",
-        "swav": "--prototypes 4 --head-layers 1 --queue-size 10 --queue-start 0.2 "
-        "--freeze-prototypes 0.4",
-        "supcon": "--head-layers 1 --label-noise 0.3",
-        "ce": "--head-layers 1 --label-noise 0.3 --loss ce",
+        "simclr": "",
+        "moco": "--queue-size 30 --key-momentum 0.5",
+        "groups": "--bn-splits 6 --queue-size 30 --key-momentum 0.5",
+        "swav": "--prototypes 4 --queue-size 15 --queue-start 0.2 --freeze-prototypes 0.4",
+        "supcon": "--label-noise 0.3",
+        "ce": "--label-noise 0.3 --loss ce",
     }
-    graph = "--epochs 3 --batch-size 48 --ratio 2 --lr 0.1"
+    graph = "--epochs 4 --batch-size 48 --ratio 2 --lr 0.1"
     build_encoder, sgd = common.build_encoder, torch.optim.SGD
-    steps, gradients, saved = [], [], {}
+    steps, gradients, batches, saved = [], [], [], {}
+    keep_batches(batches)
     keep_arguments(moco, "info_nce", ("q", "k"), steps)
     keep_arguments(swav, "swapped_prediction_loss", ("scores", "codes"), steps)
     # Adam would magnify rounding.
     torch.optim.SGD = torch.optim.Adam = keep_gradients(sgd, gradients)
-    for name in ("moco", "swav", "supcon", "ce", "drlim"):
-        # MoCo's batch norm is in groups, and the paper's network of DrLIM has none.
-        uses_own = name in ("moco", "drlim")
+    nn.BatchNorm1d = nn.LayerNorm  # in the heads
+    for name in (*own, "drlim"):
+        # Batch norm in groups does not depend on the processes. DrLIM's own network has none.
+        uses_own = name in ("groups", "drlim")
         common.build_encoder = build_encoder if uses_own else without_batch_statistics
-        module = {"moco": moco, "swav": swav, "drlim": drlim}.get(name, supcon)
-        flags = graph.split() if name == "drlim" else [*TINY, *shared.split(), *own[name].split()]
-        module.main(["--data", folder, "--out", f"{out}-{name}", *flags])
-        saved[name] = {"steps": [*steps], "gradients": gradients[:5]}
-        steps.clear()
-        gradients.clear()
+        module = {"groups": moco, "ce": supcon, **MODULES}[name]
+        flags = graph if name == "drlim" else f"{shared} {own[name]}"
+        tiny = TINY_DRLIM if name == "drlim" else TINY
+        module.main(["--data", folder, "--out", f"{out}/{name}", *tiny, *flags.split()])
+        saved[name] = {"steps": [*steps], "gradients": gradients[:4], "batches": [*batches]}
+        for kept in (steps, gradients, batches):
+            kept.clear()
+    if torch.distributed.is_initialized():
+        backend = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+        saved["timeout"] = backend.options._timeout.total_seconds()
     if common.PartialState().is_main_process:
-        torch.save(saved, out)
+        torch.save(saved, f"{out}/saved")
+
+
+def disagree(folder, out, flag, *values):
+    """Start a run for which each machine is given another value of a flag."""
+    value = values[int(os.environ["GROUP_RANK"])]
+    simclr.main(arguments("simclr", folder, out, "--batch-size 8", flag, value))
 
 
 def stop_and_continue(folder, out):
     """For each method: a whole run, and one that is interrupted within an epoch and resumed."""
-    allow_several_runs()
+    out = f"{out}-machine{os.environ['GROUP_RANK']}"  # The machines share no folder.
     own = {**OWN, "moco": ["--symmetric"], "swav": ["--prototypes", "4"]}
-    modules = {"simclr": simclr, "moco": moco, "swav": swav, "supcon": supcon, "drlim": drlim}
-    for name, module in modules.items():
+    for name, module in MODULES.items():
         argv = ["--data", folder, *TINY, "--batch-size", "8", *own[name]]
         if name == "drlim":
             argv = ["--data", folder, "--batch-size", "8", "--epochs", "2"]
@@ -178,93 +191,155 @@ def stop_and_continue(folder, out):
 # --------------------------------------------------------------------------------------
 
 
-def on_one_and_two(function, folder, out):
-    """Run a function on one process and, meanwhile, on two; gives what it saved in each case."""
-    name = f"test_processes.{function}"
-    cases = [
-        start(name, folder, out / str(n), output=out / f"{n}.txt", processes=n) for n in (1, 2)
-    ]
-    for case in cases:
+CASES = {
+    "one": {},
+    "two": {"processes": 2},
+    "three": {"processes": 3},
+    "two machines": {"processes": 2, "machines": 2},
+}
+
+
+def on_all(function, folder, out):
+    """Run a function on each of CASES, meanwhile; gives their folders."""
+    started = {
+        name: start(
+            f"test_processes.{function}", folder, out / name, output=out / f"{name}.txt", **case
+        )
+        for name, case in CASES.items()
+    }
+    for case in started.values():
         code, text = case.wait()
         assert code == 0, text
-    return [torch.load(out / str(n), weights_only=True) for n in (1, 2)]
 
 
 @pytest.fixture(scope="module")
-def steps(folder, tmp_path_factory):
-    return on_one_and_two("save_steps", folder, tmp_path_factory.mktemp("steps"))
+def features(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("features")
+    on_all("save_features", folder, out)
+    return {name: torch.load(out / name, weights_only=True) for name in CASES}
 
 
-def test_parameter_gradients_are_those_of_the_one_big_batch(steps):
-    one, two = steps
-    gradients = [name for name in one if name.startswith("grad")]
-    assert len(gradients) == 6
-    for name in ("loss", *gradients):
-        torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-5)
-        assert one[name].abs().max() > 1e-4
-
-
-def test_batches_and_views_are_the_halves_of_the_one_batch(steps):
-    one, two = steps
-    assert torch.equal(one["index"], two["index"]) and len(one["index"].unique()) == 24
-    assert torch.equal(one["views"], two["views"])
-
-
-def test_features_of_an_odd_number_of_images_count_each_once(steps):
-    one, two = steps
-    assert one["features"].shape == (17, 6)
-    torch.testing.assert_close(two["features"], one["features"])
-    for case in steps:
-        torch.testing.assert_close(case["features of files"], one["features"])
+@pytest.mark.parametrize("case", CASES)
+def test_features_of_an_odd_number_of_images_count_each_once(features, case):
+    expected = features["one"]["memory"]
+    assert expected.shape == (17, 8)
+    for kind in ("memory", "files"):
+        torch.testing.assert_close(features[case][kind], expected)
 
 
 @pytest.fixture(scope="module")
 def methods(few, tmp_path_factory):
     out = tmp_path_factory.mktemp("methods")
-    saved = on_one_and_two("save_methods", few, out)
-    for n, case in enumerate(saved, 1):
-        for name, value in case.items():
-            value["rows"] = metrics(out / f"{n}-{name}")
+    on_all("save_methods", few, out)
+    saved = {}
+    for case in CASES:
+        folder = out / f"{case}-machine0"
+        saved[case] = torch.load(folder / "saved", weights_only=True)
+        for name in NAMES:
+            saved[case][name]["rows"] = metrics(folder / name)
+            saved[case][name]["results"] = json.loads((folder / name / "results.json").read_text())
+    saved["folder"] = out
     return saved
 
 
-@pytest.mark.parametrize("name", ["moco", "swav", "supcon", "ce", "drlim"])
-def test_a_methods_gradients_and_rows_are_those_of_one_process(methods, name):
-    one, two = (case[name] for case in methods)
-    assert len(one["gradients"]) == len(two["gradients"]) == 5
-    for mine, theirs in zip(two["gradients"], one["gradients"], strict=True):
-        assert len(mine) == len(theirs) > 3
-        assert max(v.abs().max() for v in theirs) > 1e-4
+@pytest.fixture(scope="module", params=[case for case in CASES if case != "one"])
+def several(request, methods):
+    """What one process saved, and what several did."""
+    return methods["one"], methods[request.param]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_first_steps_gradients_are_those_of_one_process(several, name):
+    one, more = (case[name]["gradients"][0] for case in several)
+    assert len(one) == len(more) > 3
+    assert max(v.abs().max() for v in one) > 1e-3
+    for a, b in zip(more, one, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_later_steps_and_the_evaluation_are_those_of_one_process(several, name):
+    one, more = (case[name] for case in several)
+    assert len(one["gradients"]) == len(more["gradients"]) == 4
+    for mine, theirs in zip(more["gradients"], one["gradients"], strict=True):
         for a, b in zip(mine, theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
-    for key in ("loss", "spread"):
-        values = [[row[key] for row in case["rows"]] for case in (one, two)]
-        assert values[0] == pytest.approx(values[1], rel=1e-4)
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    rows = zip(more["rows"] + more["results"], one["rows"] + one["results"], strict=True)
+    for row, expected in rows:
+        numbers = {k: v for k, v in expected.items() if k not in TIMES and not isinstance(v, str)}
+        if name == "groups":  # Running averages are those of the first process's groups.
+            numbers.pop("knn", None)
+            if "features" in expected:
+                continue
+        assert {key: row[key] for key in numbers} == pytest.approx(numbers, rel=1e-4)
 
 
-def test_mocos_keys_queue_and_permutation_are_those_of_one_process(methods):
-    # Batch norm is in 4 groups of 2: another permutation would give other keys.
-    for one, two in zip(methods[0]["moco"]["steps"], methods[1]["moco"]["steps"], strict=True):
+@pytest.mark.parametrize("name", NAMES[:-1])
+def test_images_and_views_are_the_parts_of_the_one_batch(several, name):
+    one, more = (case[name]["batches"] for case in several)
+    assert len(one) == len(more) == 4
+    for mine, theirs in zip(more, one, strict=True):
+        assert torch.equal(mine["index"], theirs["index"]) and len(mine["index"].unique()) == 12
+        for a, b in zip(mine["views"], theirs["views"], strict=True):
+            assert torch.equal(a, b)
+
+
+def test_mocos_keys_queue_and_permutation_are_those_of_one_process(several):
+    # Batch norm is in 6 groups of 2: another permutation would give other keys.
+    for one, more in zip(*(case["groups"]["steps"] for case in several), strict=True):
         for name in ("q", "k"):
-            torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-5)
-        first, second = two["queues"]
-        assert torch.equal(first, second)  # Both processes hold all keys.
-        torch.testing.assert_close(first, one["queues"][0], rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(more[name], one[name], rtol=1e-3, atol=1e-5)
+        for queue in more["queues"]:  # All processes hold all keys.
+            assert torch.equal(queue, more["queues"][0])
+        torch.testing.assert_close(more["queues"][0], one["queues"][0], rtol=1e-3, atol=1e-5)
 
 
-def test_swavs_codes_are_those_of_one_process(methods):
-    for one, two in zip(methods[0]["swav"]["steps"], methods[1]["swav"]["steps"], strict=True):
+def test_swavs_codes_are_those_of_one_process(several):
+    for one, more in zip(*(case["swav"]["steps"] for case in several), strict=True):
         for name in ("scores", "codes"):
-            torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(more[name], one[name], rtol=1e-3, atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def stopped(few, tmp_path_factory):
+def test_only_the_first_machine_writes(methods):
+    assert (methods["folder"] / "two machines-machine0").is_dir()
+    assert not (methods["folder"] / "two machines-machine1").exists()
+
+
+def test_processes_wait_for_a_download_of_an_hour(methods):
+    assert methods["two"]["timeout"] > 3600
+
+
+@pytest.mark.parametrize(
+    ("flag", "values", "named"),
+    [("--lr", ("0.1", "0.2"), "lr"), ("--limit", ("25", "24"), "limit, images")],
+)
+def test_machines_that_were_given_different_flags_are_refused(few, tmp_path, flag, values, named):
+    out = tmp_path / "run"
+    argv = ("test_processes.disagree", few, out, flag, *values)
+    both = start(*argv, output=tmp_path / "text", processes=2, machines=2)
+    _, text = both.wait()
+    assert [process.exitcode for process in both.processes] == [2, 2]
+    assert text.count(f"error: the machines do not agree on {named}: ") == 2
+    assert not out.exists()
+
+
+def test_a_folder_that_the_first_process_refuses_ends_all_with_one_line(few, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    argv = arguments("simclr", few, tmp_path, "--batch-size 8")
+    both = start("simclr", *argv, output=tmp_path / "text", processes=2)
+    _, text = both.wait()
+    assert [process.exitcode for process in both.processes] == [2, 2]
+    assert text.count("error: ") == 1 and "Traceback" not in text
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one machine", "two machines"])
+def stopped(few, tmp_path_factory, request):
     out = tmp_path_factory.mktemp("stopped")
     name = "test_processes.stop_and_continue"
-    code, text = start(name, few, out, output=out / "text", processes=2).wait()
+    both = start(name, few, out / "run", output=out / "text", processes=2, machines=request.param)
+    code, text = both.wait()
     assert code == 0, text
-    return out, text
+    return out / "run-machine0", text
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -273,6 +348,7 @@ def test_a_run_on_two_processes_that_was_stopped_ends_as_one_that_was_not(stoppe
     assert text.count(f"{method} was stopped") == 2  # on both processes
     assert_same_end(out / method, out / f"{method}-whole")
     assert not list((out / method).glob(".partial*"))
+    assert not out.with_name("run-machine1").exists()  # where there is no checkpoint
 
 
 # --------------------------------------------------------------------------------------
@@ -292,6 +368,33 @@ def test_a_run_under_torchrun_leaves_the_files_of_one_run(few, tmp_path):
     _, bank, test = common.load_splits(str(few), "nowhere", None, torch.device("cpu"), 1)
     knn = common.knn_accuracy(encoder, bank, test, 12)
     assert metrics(out)[-1]["knn"] == pytest.approx(knn)  # though each process has its own BN
+
+
+def test_two_launchers_make_one_run_in_the_folder_of_the_first(few, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    argv = arguments("simclr", few, "run", "--batch-size 8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    launch += ["--master-addr=127.0.0.1", f"--master-port={port}"]
+    machines = []
+    for rank in range(2):
+        folder = tmp_path / str(rank)
+        folder.mkdir()
+        machines.append(
+            subprocess.Popen(
+                [*launch, f"--node-rank={rank}", str(ROOT / "simclr.py"), *argv],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=folder,
+            )
+        )
+    ends = [finish(machine) for machine in machines]
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    assert [text.count("test accuracy in percent") for _, text, _ in ends] == [1, 1]
+    assert (tmp_path / "0" / "run" / "results.json").exists()
+    assert not list((tmp_path / "1").iterdir())
 
 
 def test_bad_data_is_one_line_of_ours_under_torchrun(tmp_path):
