@@ -95,9 +95,9 @@ def entry_point(advice: str) -> Iterator[None]:
             print(f"\ninterrupted: {advice}", file=sys.stderr, flush=True)
         raise SystemExit(128 + signal.SIGINT) from None
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        reason = memory_problem(error)
+        if not reason:
             raise
-        reason = str(error).partition("\n")[0] or repr(error)
         fail(
             f"there is not enough memory ({reason:.150}): use smaller images, a smaller batch or "
             "a smaller network, and another --out",
@@ -109,10 +109,14 @@ def entry_point(advice: str) -> Iterator[None]:
     PartialState().destroy_process_group()
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out, of the host or of a device."""
-    phrases = ("can't allocate memory", "calculation overflowed", "out of memory")
-    return isinstance(error, MemoryError) or any(phrase in str(error) for phrase in phrases)
+def memory_problem(error: Exception) -> str | None:
+    """The line of an error which says that memory ran out, of the host or of a device."""
+    if isinstance(error, MemoryError):
+        return str(error) or repr(error)
+    for line in str(error).splitlines():
+        if any(words in line for words in ("can't allocate memory", "out of memory", "overflow")):
+            return line.rpartition("Allocator: ")[2]  # without torch's file and line
+    return None
 
 
 @contextmanager
@@ -776,7 +780,7 @@ class ImageFiles(ImageSet):
             try:
                 crops, error = next(reader)
             except RuntimeError as torch_error:
-                if "DataLoader worker" not in str(torch_error):
+                if "DataLoader worker (pid" not in str(torch_error):
                     raise
                 crops = []
                 error = (

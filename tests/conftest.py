@@ -120,7 +120,7 @@ def run(method: str, data: Path, out: Path, *more: object) -> Path:
 
 
 def refused(capsys, main, argv) -> str:
-    """The line with which main(argv) refuses: exit code 2, one line on stderr, none on stdout."""
+    """The line with which main(argv) refuses: exit code 2 and one line on stderr."""
     with pytest.raises(SystemExit) as exit_:
         main([str(a) for a in argv])
     printed = capsys.readouterr()
