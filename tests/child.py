@@ -1,6 +1,8 @@
 """What the test suite runs in processes of their own; see `start` in conftest.py."""
 
+import gc
 import importlib
+import multiprocessing
 import os
 import resource
 import runpy
@@ -8,6 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,6 +23,7 @@ def run_script(script: str, argv: list[str], output: str, environment: dict, opt
         save_always: save a checkpoint after each step, not only every ten minutes.
         die_in_save: SIGKILL in the middle of this save, counted from 1.
         file_size: files cannot grow beyond this many bytes, as if the disk were full.
+        start_method: how Python starts the processes that read files, such as "spawn".
     """
     os.environ.update(environment)
     file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
@@ -29,6 +33,8 @@ def run_script(script: str, argv: list[str], output: str, environment: dict, opt
     if "file_size" in options:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that writing raises OSError
         resource.setrlimit(resource.RLIMIT_FSIZE, (options["file_size"], options["file_size"]))
+    if "start_method" in options:
+        multiprocessing.set_start_method(options["start_method"], force=True)
     if "die_in_save" in options:
         torch.save = dying(torch.save, options["die_in_save"])
     if not options.get("save_always"):
@@ -53,6 +59,30 @@ def dying(save, which: int):
             os.kill(os.getpid(), signal.SIGKILL)
 
     return save_or_die
+
+
+def watch_memory(method: str, path: str, steps: str, *argv: str) -> None:
+    """Run a method, and write the resident memory at some of its steps, in bytes.
+
+    Args:
+        method: the name of its script.
+        path: the file that is written.
+        steps: their numbers, with commas.
+        argv: the flags of the script.
+    """
+    module = importlib.import_module(method)
+    real, wanted = module.learning_rate, {int(step) for step in steps.split(",")}
+    resident = []
+
+    def watching(step: int, *args: object) -> float:
+        if step in wanted:
+            gc.collect()
+            resident.append(psutil.Process().memory_info().rss)
+        return real(step, *args)
+
+    module.learning_rate = watching
+    module.main(list(argv))
+    Path(path).write_text(" ".join(map(str, resident)))
 
 
 def run_function(name: str, argv: list[str], output: str, environment: dict, options: dict) -> None:

@@ -316,6 +316,44 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     assert not (tmp_path / "run" / "results.json").exists()
 
 
+EXTREMES = {
+    "simclr": ["--temperature 0.01", "--temperature 10"],
+    "moco": ["--temperature 0.01", "--temperature 10"],
+    "swav": ["--temperature 0.01 --epsilon 0.002", "--temperature 10 --epsilon 10"],
+    "supcon": ["--temperature 0.01", "--temperature 10", "--temperature 0.01 --loss in"],
+    "drlim": ["--margin 100", "--margin 0.001"],
+}
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_run_stays_finite_at_extreme_settings(method, few, tmp_path, precision):
+    # Images without classes, or views above 64 pixels, save the evaluation at the end.
+    data = few if method in ("supcon", "drlim") else few / "train"
+    large = "--image-size 66" if method == "supcon" else ""
+    for i, more in enumerate(EXTREMES[method]):
+        out = tmp_path / str(i)
+        argv = arguments(method, data, out, more, large, "--eval-every 9")
+        environment = {"ACCELERATE_MIXED_PRECISION": precision}
+        started = start(method, *argv, output=tmp_path / "text", environment=environment)
+        code, text = started.wait()
+        assert code == 0, text
+        rows = metrics(out)
+        assert len(rows) == 2 and all(math.isfinite(row["loss"]) for row in rows), more
+        values = checkpoint(out)["model"].values()
+        assert all(value.isfinite().all() for value in values), more
+
+
+def test_memory_does_not_grow_with_the_steps(method, few, tmp_path):
+    argv = arguments(method, few, tmp_path / "run", "--epochs 999 --max-steps 301 --eval-every 99")
+    watched = start(
+        "child.watch_memory", method, tmp_path / "rss", "50,300", *argv, output=tmp_path / "text"
+    )
+    code, text = watched.wait()
+    assert code == 0, text
+    early, late = map(int, (tmp_path / "rss").read_text().split())
+    assert late < 1.02 * early
+
+
 # --------------------------------------------------------------------------------------
 # What it refuses
 # --------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from conftest import (
     finish,
     refused,
     run,
+    same_model,
     start,
     with_interrupts,
     write_folder,
@@ -123,6 +124,17 @@ def test_batches_resume_in_the_middle_of_an_epoch(photographs):
     straight, resumed = (list(batches(data, RECIPES, 4, 5, start, 9)) for start in (0, 5))
     for (index, views), (index_, views_) in zip(straight[5:], resumed, strict=True):
         assert torch.equal(index, index_) and torch.equal(views[1], views_[1])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_run_does_not_depend_on_how_python_starts_the_readers(few, tmp_path, method):
+    # macOS has only spawn and forkserver. Images without classes save the evaluation.
+    data, more = few / "train", "--stream --workers"
+    expected = run("simclr", data, tmp_path / "one", more, 1)
+    argv = arguments("simclr", data, tmp_path / "run", more, 2)
+    code, text = start("simclr", *argv, output=tmp_path / "text", start_method=method).wait()
+    assert code == 0, text
+    assert same_model(tmp_path / "run", expected)
 
 
 # --------------------------------------------------------------------------------------
