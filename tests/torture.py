@@ -1,7 +1,7 @@
 """Attacks that take too long for the test suite; it has a short version of each.
 
-    python tests/torture.py kills    # SIGKILL at random moments, then the same command: about 15 min
-    python tests/torture.py memory   # resident memory after 200 and after 2,000 steps: about 10 min
+    python tests/torture.py kills    # SIGKILL at random moments, then the same command
+    python tests/torture.py memory   # resident memory after 200 and after 2,000 steps
 
 `kills` starts 20 runs of each script in memory and 5 of each while streaming, kills each once, and
 resumes it. It counts the runs that end bit-identical to a run that was not killed.
