@@ -11,10 +11,12 @@ import argparse
 import random
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from conftest import METHODS, arguments, assert_same_end, start, write_folder
 
 # Runs of some seconds, of which each has several epochs of several steps.
