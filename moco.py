@@ -9,7 +9,7 @@ Girshick and He, Improved Baselines with Momentum Contrastive Learning,
 https://arxiv.org/abs/2003.04297
 
     python moco.py                                      # the bundled images, on a laptop
-    accelerate launch --mixed_precision bf16 moco.py --data cifar10 --epochs 500
+    accelerate launch --num_processes 1 --mixed_precision bf16 moco.py --data cifar10
     accelerate launch --multi_gpu --num_processes 8 moco.py --data FOLDER --arch resnet50
 
 The run is kept in --out. It can be stopped at any time; the same command resumes it from its last

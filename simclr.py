@@ -7,7 +7,7 @@
 Chen, Kornblith, Norouzi and Hinton, ICML 2020, https://arxiv.org/abs/2002.05709
 
     python simclr.py                                    # the bundled images, on a laptop
-    accelerate launch --mixed_precision bf16 simclr.py --data cifar10 --epochs 500
+    accelerate launch --num_processes 1 --mixed_precision bf16 simclr.py --data cifar10
     accelerate launch --multi_gpu --num_processes 8 simclr.py --data FOLDER --batch-size 4096
 
 The run is kept in --out. It can be stopped at any time; the same command resumes it from its last

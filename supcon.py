@@ -9,7 +9,7 @@ https://arxiv.org/abs/2004.11362
 
     python supcon.py                                    # the bundled images, on a laptop
     python supcon.py --loss ce                          # the same encoder by cross-entropy
-    accelerate launch --mixed_precision bf16 supcon.py --data cifar10 --epochs 500
+    accelerate launch --num_processes 1 --mixed_precision bf16 supcon.py --data cifar10
     accelerate launch --multi_gpu --num_processes 8 supcon.py --data FOLDER --batch-size 4096
 
 The run is kept in --out. It can be stopped at any time; the same command resumes it from its last

@@ -7,7 +7,7 @@
 Caron, Misra, Mairal, Goyal, Bojanowski and Joulin, NeurIPS 2020, https://arxiv.org/abs/2006.09882
 
     python swav.py                                      # the bundled images, on a laptop
-    accelerate launch --mixed_precision bf16 swav.py --data cifar10 --epochs 500
+    accelerate launch --num_processes 1 --mixed_precision bf16 swav.py --data cifar10
     accelerate launch --multi_gpu --num_processes 8 swav.py --data FOLDER --prototypes 3000
 
 The run is kept in --out. It can be stopped at any time; the same command resumes it from its last

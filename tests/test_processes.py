@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from conftest import (
     start,
 )
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import common
 import drlim
@@ -143,6 +145,29 @@ def save_methods(folder, out):
         saved["timeout"] = backend.options._timeout.total_seconds()
     if common.PartialState().is_main_process:
         torch.save(saved, f"{out}/saved")
+
+
+def part_cleanly(folder, out):
+    """Run each method as from the command line, and see what is alive when the processes part."""
+    wrapped, parted = weakref.WeakSet(), []
+    wrap, part = DistributedDataParallel.__init__, common.PartialState.destroy_process_group
+
+    def note_wrapped(self, *args, **kwargs):
+        wrap(self, *args, **kwargs)
+        wrapped.add(self)
+
+    def note_parting(self):
+        parted.append(len(wrapped))
+
+    DistributedDataParallel.__init__ = note_wrapped
+    common.PartialState.destroy_process_group = note_parting
+    for name, module in MODULES.items():
+        for _ in range(2):  # the second time, it only shows the results
+            with common.entry_point(""):
+                module.main(arguments(name, folder, f"{out}/{name}", "--batch-size 8"))
+    assert parted == [0] * 2 * len(MODULES), parted
+    part(common.PartialState())
+    assert not torch.distributed.is_initialized()
 
 
 def disagree(folder, out, flag, *values):
@@ -307,6 +332,14 @@ def test_only_the_first_machine_writes(methods):
 
 def test_processes_wait_for_a_download_of_an_hour(methods):
     assert methods["two"]["timeout"] > 3600
+
+
+def test_ddp_does_not_outlive_the_process_group(few, tmp_path):
+    # If it does, one run in ten aborts at its end.
+    name = "test_processes.part_cleanly"
+    both = start(name, few, tmp_path, output=tmp_path / "text", processes=2)
+    _, text = both.wait()
+    assert [process.exitcode for process in both.processes] == [0, 0], text
 
 
 @pytest.mark.parametrize(
