@@ -351,7 +351,7 @@ def test_memory_does_not_grow_with_the_steps(method, few, tmp_path):
     code, text = watched.wait()
     assert code == 0, text
     early, late = map(int, (tmp_path / "rss").read_text().split())
-    assert late < 1.02 * early
+    assert late - early < 250 * 8 * 2**10  # less than 8 KiB a step; a view is larger
 
 
 # --------------------------------------------------------------------------------------
