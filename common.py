@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -62,22 +63,31 @@ MEMORY_LIMIT = 8 * 2**30  # bytes of pixels that may be kept on the device, at m
 # --------------------------------------------------------------------------------------
 
 
-def fail(message: str, every_process: bool = False) -> NoReturn:
-    """End the program because of something that the user can mend.
+def report(message: str, every_process: bool = False) -> None:
+    """Print a message to stderr as one line that begins with "error:".
 
     Args:
-        message: what happened, and what to do. It is printed to stderr as one line.
+        message: what happened, and what to do.
         every_process: print it on every process that comes here. Otherwise the first process of
             each machine speaks for all of them.
-
-    Raises:
-        SystemExit: always, with code 2.
     """
     # Accelerate may not have started yet, so the launcher's own variable is read.
     if every_process or os.environ.get("LOCAL_RANK", "0") == "0":
         line = " ".join(message.splitlines())
-        sys.stderr.write(f"error: {line}\n")  # at once, where several processes write
+        sys.stderr.write(f"error: {line}\n")  # at once, since several processes may write
         sys.stderr.flush()
+
+
+def fail(message: str, every_process: bool = False) -> NoReturn:
+    """End the program because of something that the user can mend.
+
+    Args:
+        message, every_process: what to print; see `report`.
+
+    Raises:
+        SystemExit: always, with code 2.
+    """
+    report(message, every_process)
     raise SystemExit(2)
 
 
@@ -85,28 +95,45 @@ def fail(message: str, every_process: bool = False) -> NoReturn:
 def entry_point(advice: str) -> Iterator[None]:
     """Surround the main function of a script that is started from the command line.
 
-    Ctrl-C ends the program with one line of advice instead of a traceback, and so does a lack of
-    memory. At a regular end the processes part cleanly.
+    Ctrl-C ends the program with one line of advice instead of a traceback, and a lack of memory
+    with one line as well. At the end, the processes part cleanly.
     """
+    failure = None
     try:
         yield
-    except KeyboardInterrupt:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"\ninterrupted: {advice}", file=sys.stderr, flush=True)
-        raise SystemExit(128 + signal.SIGINT) from None
-    except (MemoryError, RuntimeError) as error:
-        reason = memory_problem(error)
-        if not reason:
+    except (SystemExit, KeyboardInterrupt, MemoryError, RuntimeError) as error:
+        failure = explain(error, advice)
+        if failure is None:
             raise
-        fail(
-            f"there is not enough memory ({reason:.150}): use smaller images, a smaller batch or "
-            "a smaller network, and another --out",
-            every_process=True,
-        )
+        traceback.clear_frames(error.__traceback__)  # They hold on to DDP.
 
     # DDP holds on to the process group. If it outlived the group, one run in ten would abort.
     gc.collect()
-    PartialState().destroy_process_group()
+    # After a failure here the other processes may still be at work. NCCL would wait for them.
+    group = torch.distributed
+    if group.is_initialized() and (failure is None or group.get_backend() == "gloo"):
+        group.destroy_process_group()
+    if failure:
+        raise failure
+
+
+def explain(error: BaseException, advice: str) -> SystemExit | None:
+    """Print one line on an error that the user can mend. Gives how to exit, or else None."""
+    if isinstance(error, SystemExit):  # The line was printed before.
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"\ninterrupted: {advice}", file=sys.stderr, flush=True)
+        return SystemExit(128 + signal.SIGINT)
+    problem = memory_problem(error)
+    if problem is None:
+        return None
+    report(
+        f"there is not enough memory ({problem:.150}): use smaller images, a smaller batch or a "
+        "smaller network, and another --out",
+        every_process=True,
+    )
+    return SystemExit(2)
 
 
 def memory_problem(error: Exception) -> str | None:

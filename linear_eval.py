@@ -595,7 +595,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     elif args.out is None:
         args.out = Path(args.encoder).parent
     record = args.out / "eval.json"
-    read_record(record)
+    common.on_main_process(read_record, record)  # fails now if the result could not be added
     accelerator.print(f"evaluating {args.encoder} on {data}: {how}")
 
     runs, hits = [], []

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -118,6 +119,28 @@ def test_cifar_is_read_from_root(tmp_path, monkeypatch, data):
     assert bank.pixels[:, 1].unique().tolist() == [100] and bank.labels[3] == 3
     assert test.pixels[0, 2].unique().tolist() == [len(kind.train_list)]
     assert bank.pixels.is_contiguous()
+
+
+def test_the_memory_limit_is_a_processs_share_of_the_machine(monkeypatch):
+    memory = SimpleNamespace(total=8 * 2**30)
+    monkeypatch.setattr(common.psutil, "virtual_memory", lambda: memory)
+    assert common.memory_limit() == 2 * 2**30
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert common.memory_limit() == 2**29
+    memory.total = 2**50
+    assert common.memory_limit() == common.MEMORY_LIMIT
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"])
+def test_processes_that_a_launcher_started_share_the_cores(monkeypatch, variable):
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    torch.set_num_threads(1)  # what the launchers set
+    common.tune_cpu()
+    assert torch.get_num_threads() == 1  # Without a launcher it is the user's choice.
+    monkeypatch.setenv(variable, "no")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    common.tune_cpu()
+    assert torch.get_num_threads() == 3
 
 
 def test_stl10_pretrains_on_its_unlabelled_images(tmp_path, monkeypatch):

@@ -150,23 +150,27 @@ def save_methods(folder, out):
 def part_cleanly(folder, out):
     """Run each method as from the command line, and see what is alive when the processes part."""
     wrapped, parted = weakref.WeakSet(), []
-    wrap, part = DistributedDataParallel.__init__, common.PartialState.destroy_process_group
+    wrap, part = DistributedDataParallel.__init__, torch.distributed.destroy_process_group
 
     def note_wrapped(self, *args, **kwargs):
         wrap(self, *args, **kwargs)
         wrapped.add(self)
 
-    def note_parting(self):
-        parted.append(len(wrapped))
-
     DistributedDataParallel.__init__ = note_wrapped
-    common.PartialState.destroy_process_group = note_parting
+    torch.distributed.destroy_process_group = lambda: parted.append(len(wrapped))
     for name, module in MODULES.items():
-        for _ in range(2):  # the second time, it only shows the results
-            with common.entry_point(""):
-                module.main(arguments(name, folder, f"{out}/{name}", "--batch-size 8"))
-    assert parted == [0] * 2 * len(MODULES), parted
-    part(common.PartialState())
+        argv = arguments(name, folder, f"{out}/{name}", "--batch-size 8")
+        # A run, a second time when it only shows its results, and one that is refused.
+        for more, expected in (([], 0), ([], 0), (["--lr", "0.123"], 2)):
+            code = 0
+            try:
+                with common.entry_point(""):
+                    module.main([*argv, *more])
+            except SystemExit as exit_:
+                code = exit_.code
+            assert code == expected
+    assert parted == [0] * 3 * len(MODULES), parted
+    part()
     assert not torch.distributed.is_initialized()
 
 
