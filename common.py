@@ -404,6 +404,15 @@ def check_batch_size(batch_size: int, available: int, processes: int, what: str 
         )
 
 
+def check_chunk_size(chunk_size: int | None, own_images: int) -> None:
+    """Fail if the images that a process has of a batch do not fill whole chunks."""
+    if chunk_size and own_images % chunk_size:
+        fail(
+            f"--chunk-size {chunk_size} must divide {own_images}, the images of a batch on each "
+            "process"
+        )
+
+
 # --------------------------------------------------------------------------------------
 # Image operations
 #

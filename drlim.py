@@ -357,7 +357,7 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
 
 
 @torch.no_grad()
-def embed(G: nn.Module, x: Tensor) -> Tensor:
+def map_images(G: nn.Module, x: Tensor) -> Tensor:
     """The coordinates [N, dim] to which G maps the images x [N, C, H, W]."""
     g = torch.cat([G(part) for part in x.split(256)]).float()
     if not g.isfinite().all():
@@ -434,7 +434,7 @@ def finish_map(
     }
     rows, places = [], {}
     for name, to_map in common.progress(maps.items(), "evaluation"):
-        g, g_test = embed(to_map, train.x), embed(to_map, test.x)
+        g, g_test = map_images(to_map, train.x), map_images(to_map, test.x)
         metrics = measure_map(g_test, test, g, train, num_classes, copies)
         rows.append({"features": f"{name}, {g.shape[1]}-D", **metrics})
         places[name] = g_test, g
@@ -799,7 +799,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
 
         # Evaluate, report and save.
         if (epoch + 1) % args.eval_every == 0 or step == total_steps:
-            g, g_test = embed(G.eval(), train.x), embed(G, test.x)
+            g, g_test = map_images(G.eval(), train.x), map_images(G, test.x)
             row |= measure_map(g_test, test, g, train, len(classes), copies)
             G.train()
         rows.append(row)

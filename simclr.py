@@ -18,7 +18,8 @@ Where to find the parts of the paper:
 - Algorithm 1: the inner loop of `main`
 - section 2.1 and Appendix A, the augmentation: `augmentation`
 - section 2.1, the projection head g: `projection_head`
-- section 2.2, large batches: `gather` and `LARS`; batch norm is synchronized over GPUs
+- section 2.2, large batches: `gather` and `LARS`; batch norm is synchronized over GPUs. Batches
+  larger than the memory: --chunk-size, `embed_in_chunks`
 - Appendix B.1, the learning rate: `PEAK_LR`, --lr-rule and `learning_rate`
 - Appendix B.9, small images: the 3x3 stem and no blur, up to 64 pixels
 
@@ -43,6 +44,7 @@ import itertools
 import json
 import math
 import time
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
@@ -193,6 +195,55 @@ def find_problems(row: dict, warmed_up: bool) -> list[str]:
     if warmed_up and row["chance"] - row["loss"] < 0.02 * (row["chance"] - row["bound"]):
         found.append("the loss stays at chance: use another --lr or --temperature")
     return found
+
+
+# --------------------------------------------------------------------------------------
+# Embeddings of a batch, at once or in chunks
+# --------------------------------------------------------------------------------------
+
+
+def embed(model: nn.Module, views: Tensor) -> Tensor:
+    """The embeddings z [B, 2, D], float32, of the views [2, B, 3, S, S] of B images."""
+    x = views.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    return model(x).float().unflatten(0, (2, -1)).transpose(0, 1)
+
+
+@torch.no_grad()
+def embed_in_chunks(model: nn.Module, views: Tensor, chunk_size: int) -> Tensor:
+    """The same for some images at a time, without what a backward pass would need.
+
+    This and `backward_in_chunks` give the gradient of the loss of a whole batch with the
+    activations of a few images in memory (Gao et al. 2021, https://arxiv.org/abs/2101.06983). Batch
+    norm sees one chunk at a time, as if each chunk were on a process of its own.
+
+    Returns:
+        z [B, 2, D], which collects the gradient of the loss.
+    """
+    buffers = [value.clone() for value in model.buffers()]
+    z = torch.cat([embed(model, chunk) for chunk in views.split(chunk_size, dim=1)])
+    # The chunks are seen again, and should move the running averages of batch norm only once.
+    for value, before in zip(model.buffers(), buffers, strict=True):
+        value.copy_(before)
+    return z.requires_grad_()
+
+
+def backward_in_chunks(
+    model: nn.Module, views: Tensor, chunk_size: int, gradient: Tensor, accelerator: Accelerator
+) -> None:
+    """Run the backward pass of some images at a time.
+
+    Args:
+        model: as Accelerate has prepared it.
+        views: [2, B, 3, S, S].
+        chunk_size: images at a time.
+        gradient: [B, 2, D] of the loss, with respect to the embeddings.
+        accelerator: shares the parameter gradients among the processes, after the last chunk.
+    """
+    chunks = views.split(chunk_size, dim=1)
+    for i, part in enumerate(gradient.split(chunk_size)):
+        is_last = i == len(chunks) - 1
+        with nullcontext() if is_last else accelerator.no_sync(model):
+            accelerator.backward(embed(model, chunks[i]), gradient=part)
 
 
 # --------------------------------------------------------------------------------------
@@ -402,6 +453,11 @@ def build_parser() -> argparse.ArgumentParser:
         default=256,
         help="images per step, over all processes",
     )
+    add(
+        "--chunk-size",
+        type=common.positive_int,
+        help="images of which each process keeps the activations at a time (default: all)",
+    )
     add("--optimizer", choices=PEAK_LR, default="lars", help="algorithm that updates the weights")
     add(
         "--lr",
@@ -477,6 +533,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     args.augment = args.augment or names
     recipe = augmentation(args.augment, args.image_size, args.crop_scale, args.color_strength)
     common.check_batch_size(args.batch_size, len(images), processes)
+    common.check_chunk_size(args.chunk_size, args.batch_size // processes)
     epoch_steps = len(images) // args.batch_size
     total_steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
     warmup_steps = min(round(args.warmup_epochs * epoch_steps), total_steps - 1)
@@ -546,13 +603,17 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             # Algorithm 1: both views [2, B, 3, S, S] of every image through f and g, then Eq. 1
             # on the batch of all processes. `gather` joins along the first dimension, so the
             # images come first.
-            x = views.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-            z = model(x).float().unflatten(0, (2, -1)).transpose(0, 1)  # [B, 2, D]
+            if args.chunk_size:
+                z = embed_in_chunks(model, views, args.chunk_size)
+            else:
+                z = embed(model, views)
             z1, z2 = gather(z, accelerator).unbind(1)
             loss = nt_xent(z1, z2, args.temperature)
 
             optimizer.zero_grad()
             accelerator.backward(loss)
+            if args.chunk_size:
+                backward_in_chunks(model, views, args.chunk_size, z.grad, accelerator)
             optimizer.step()
 
             # Count the step; within a long epoch, save from time to time.

@@ -47,6 +47,7 @@ import itertools
 import json
 import math
 import time
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
@@ -229,6 +230,55 @@ def find_problems(row: dict, warmed_up: bool) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------
+# Embeddings of a batch, at once or in chunks
+# --------------------------------------------------------------------------------------
+
+
+def embed(model: nn.Module, views: Tensor) -> Tensor:
+    """The embeddings z [B, 2, D], float32, of the views [2, B, 3, S, S] of B images."""
+    x = views.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    return model(x).float().unflatten(0, (2, -1)).transpose(0, 1)
+
+
+@torch.no_grad()
+def embed_in_chunks(model: nn.Module, views: Tensor, chunk_size: int) -> Tensor:
+    """The same for some images at a time, without what a backward pass would need.
+
+    This and `backward_in_chunks` give the gradient of the loss of a whole batch with the
+    activations of a few images in memory (Gao et al. 2021, https://arxiv.org/abs/2101.06983). Batch
+    norm sees one chunk at a time, as if each chunk were on a process of its own.
+
+    Returns:
+        z [B, 2, D], which collects the gradient of the loss.
+    """
+    buffers = [value.clone() for value in model.buffers()]
+    z = torch.cat([embed(model, chunk) for chunk in views.split(chunk_size, dim=1)])
+    # The chunks are seen again, and should move the running averages of batch norm only once.
+    for value, before in zip(model.buffers(), buffers, strict=True):
+        value.copy_(before)
+    return z.requires_grad_()
+
+
+def backward_in_chunks(
+    model: nn.Module, views: Tensor, chunk_size: int, gradient: Tensor, accelerator: Accelerator
+) -> None:
+    """Run the backward pass of some images at a time.
+
+    Args:
+        model: as Accelerate has prepared it.
+        views: [2, B, 3, S, S].
+        chunk_size: images at a time.
+        gradient: [B, 2, D] of the loss, with respect to the embeddings.
+        accelerator: shares the parameter gradients among the processes, after the last chunk.
+    """
+    chunks = views.split(chunk_size, dim=1)
+    for i, part in enumerate(gradient.split(chunk_size)):
+        is_last = i == len(chunks) - 1
+        with nullcontext() if is_last else accelerator.no_sync(model):
+            accelerator.backward(embed(model, chunks[i]), gradient=part)
+
+
+# --------------------------------------------------------------------------------------
 # Optimizer and schedule
 # --------------------------------------------------------------------------------------
 
@@ -392,6 +442,11 @@ def build_parser() -> argparse.ArgumentParser:
         default=256,
         help="images per step, over all processes",
     )
+    add(
+        "--chunk-size",
+        type=common.positive_int,
+        help="images of which each process keeps the activations at a time (default: all)",
+    )
     add("--optimizer", choices=PEAK_LR, default="sgd", help="algorithm that updates the weights")
     add(
         "--lr",
@@ -474,6 +529,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     args.augment = args.augment or names
     recipe = augmentation(args.augment, args.image_size, args.crop_scale, args.color_strength)
     common.check_batch_size(args.batch_size, len(images), processes)
+    common.check_chunk_size(args.chunk_size, args.batch_size // processes)
     labels = mislabel(images.labels, classes, args.label_noise, args.seed).to(device)
     alone = share_alone(labels, args.batch_size)
     if args.loss != "ce" and alone > 0.1:
@@ -555,18 +611,22 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             # Both views [2, B, 3, S, S] of every image through encoder and head, then the loss of
             # the batch of all processes. `gather` joins along the first dimension, so the images
             # come first.
-            x = views.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-            z = model(x).float().unflatten(0, (2, -1)).transpose(0, 1)  # [B, 2, D]
-            z = gather(z, accelerator)
+            if args.chunk_size:
+                z = embed_in_chunks(model, views, args.chunk_size)
+            else:
+                z = embed(model, views)
+            all_z = gather(z, accelerator)
             y = accelerator.gather(labels[common.to_device_of(labels, index)])
             if args.loss == "ce":
-                loss = F.cross_entropy(z.flatten(0, 1), y.repeat_interleave(2))
+                loss = F.cross_entropy(all_z.flatten(0, 1), y.repeat_interleave(2))
             else:
-                z = F.normalize(z, dim=2)
-                loss = supcon_loss(z, y, args.temperature, args.loss, args.max_positives)
+                all_z = F.normalize(all_z, dim=2)
+                loss = supcon_loss(all_z, y, args.temperature, args.loss, args.max_positives)
 
             optimizer.zero_grad()
             accelerator.backward(loss)
+            if args.chunk_size:
+                backward_in_chunks(model, views, args.chunk_size, z.grad, accelerator)
             optimizer.step()
 
             # Count the step; within a long epoch, save from time to time.
@@ -590,7 +650,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             "step": step,
             "loss": mean_loss,
             "chance": math.log(chance_classes),  # the loss of equal embeddings
-            "spread": common.spread(z[:, 0]),  # of the last batch
+            "spread": common.spread(all_z[:, 0]),  # of the last batch
             "lr": lr,
             "images_per_s": (step - first_step) * args.batch_size / seconds,
             "wait": images.waited / seconds,  # share of the epoch spent waiting for files

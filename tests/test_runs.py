@@ -472,6 +472,9 @@ OWN_BAD = {
         ["--crop-scale", "1.5"],
         ["--color-strength", "-1"],
         ["--lr-rule", "cubic"],
+        ["--chunk-size", "0"],
+        ["--chunk-size", "3"],
+        ["--chunk-size", "8"],
     ],
     "moco": [
         ["--queue-size", "3"],
@@ -511,6 +514,8 @@ OWN_BAD = {
         ["--max-positives", "0"],
         ["--max-positives", "1", "--loss", "ce"],
         ["--loss", "both"],
+        ["--chunk-size", "0"],
+        ["--chunk-size", "3"],
     ],
     "drlim": [
         ["--margin", "0"],
@@ -570,6 +575,7 @@ CHANGES_VIEWS = [
 OWN_CHANGES = {
     "simclr": [
         ["--lr-rule", "linear"],
+        ["--chunk-size", 2],
         ["--color-strength", 0],
         ["--crop-scale", 0.9],
         ["--head-layers", 3],
@@ -606,6 +612,7 @@ OWN_CHANGES = {
     ],
     "supcon": [
         ["--loss", "in"],
+        ["--chunk-size", 2],
         ["--loss", "ce"],
         ["--max-positives", 1],
         ["--label-noise", 0.5],
