@@ -228,6 +228,7 @@ def test_help_shows_presets_and_defaults(capsys):
 def test_flags_that_the_readme_names_exist():
     launchers = {"--mixed_precision", "--num_processes", "--multi_gpu", "--nproc_per_node"}
     launchers |= {"--cpu", "--dynamo_backend", "--num_machines", "--shm-size", "--dist"}
+    launchers |= {"--machine_rank", "--main_process_ip", "--main_process_port"}
     benchmark = {"--photographs", "--negatives", "--only", "--turns"}
     known = launchers | benchmark
     for module in MODULES:
