@@ -1314,8 +1314,9 @@ def principal_coordinates(x: Tensor, x_test: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Both with K <= D columns: axes along which the training features do not vary are left out.
     """
-    mean, deviation = x.mean(0), x.std(0) + 1e-6
-    x, x_test = (x - mean) / deviation, (x_test - mean) / deviation
+    mean, deviation = x.mean(0), x.std(0)
+    scale = torch.where(deviation > 1e-6 * deviation.max(), 1 / deviation, 0)
+    x, x_test = (x - mean) * scale, (x_test - mean) * scale
     # On the CPU, since not every device has this operation.
     variance, axes = torch.linalg.eigh((x.T @ x / len(x)).cpu())
     axes = axes[:, variance > 1e-6 * variance.max()].to(x.device)

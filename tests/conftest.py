@@ -19,7 +19,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import common
 
@@ -218,16 +217,14 @@ def start(
 
 
 class Calls(TorchDispatchMode):
-    """Notes the operations that are called, with the devices of their tensors."""
+    """Notes the operations that are called."""
 
     def __init__(self):
         super().__init__()
-        self.names, self.devices = [], set()
+        self.names = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.names.append(str(function))
-        tensors = [v for v in tree_leaves((args, kwargs)) if torch.is_tensor(v)]
-        self.devices.add(frozenset(v.device.type for v in tensors if v.ndim))
         return function(*args, **(kwargs or {}))
 
 

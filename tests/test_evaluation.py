@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import Calls
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -67,23 +66,74 @@ def blobs(n, classes=3, dim=6, spread=1.0, seed=0):
     return centres[y] + spread * torch.randn(n, dim, generator=generator(seed)), y
 
 
-def test_probe_reaches_the_logistic_regression_that_lbfgs_finds():
-    (x, y), (x_test, y_test) = blobs(900, spread=3.0), blobs(900, spread=3.0, seed=1)
-    logits, choice = linear_probe(x, y, x_test, 3)
-    W, b = torch.zeros(6, 3, requires_grad=True), torch.zeros(3, requires_grad=True)
-    optimizer = torch.optim.LBFGS([W, b], max_iter=200, line_search_fn="strong_wolfe")
+@pytest.mark.parametrize("decay", [1.0, 0.01, 0.0001])
+def test_a_probe_minimizes_the_regularized_cross_entropy(decay):
+    (x, y), dtype = blobs(90, spread=3.0), torch.float64
+    x = x * torch.tensor([30.0, 3.0, 1.0, 1.0, 0.1, 0.01])  # axes of very different lengths
+    x = F.pad(x, (0, 1), value=1)
+    W = common.train_probe(x, y, torch.zeros(7, 3), decay)
+
+    def objective(W):
+        return F.cross_entropy(x.to(dtype) @ W, y) + decay / 2 * W[:-1].square().sum()
+
+    best = torch.zeros(7, 3, dtype=dtype, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [best],
+        max_iter=5000,
+        max_eval=9999,
+        tolerance_change=0,
+        tolerance_grad=1e-9,
+        line_search_fn="strong_wolfe",
+    )
 
     def closure():
         optimizer.zero_grad()
-        loss = F.cross_entropy(x @ W + b, y)
+        loss = objective(best)
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    best = F.cross_entropy(x_test @ W + b, y_test).item()
-    assert F.cross_entropy(logits, y_test).item() < best + 0.01
-    assert abs(common.accuracy(logits, y_test) - common.accuracy(x_test @ W + b, y_test)) < 1
-    assert set(choice) == {"lr", "weight_decay", "held-out"}
+    assert objective(W.to(dtype)) < objective(best) + 1e-4
+    assert objective(torch.zeros(7, 3, dtype=dtype)) > objective(best) + 0.1
+
+
+def test_a_probe_of_features_that_are_all_the_same_is_the_share_of_the_classes():
+    y = torch.tensor([0] * 30 + [1] * 10)
+    logits, _ = linear_probe(torch.ones(40, 8), y, torch.rand(5, 8), 2)
+    expected = torch.tensor([0.75, 0.25]).expand(5, 2)
+    torch.testing.assert_close(logits.softmax(1), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_principal_coordinates_keep_the_inner_products_of_standardized_features():
+    (x, _), (x_test, _) = blobs(60), blobs(20, seed=1)
+    x[:, 2] = 5  # constant
+    x[:, 3] = 2 * x[:, 1] - 1  # of no news
+    mean, deviation = x.mean(0), x.std(0)
+    z, z_test = common.principal_coordinates(x, x_test)
+    assert z.shape == (60, 4)
+    rest = [0, 1, 3, 4, 5]
+    a, b = ((v - mean)[:, rest] / deviation[rest] for v in (x, x_test))
+    torch.testing.assert_close(z @ z.T, a @ a.T, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(z_test @ z.T, b @ a.T, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("images", "trained_on"), [(100, 80), (6000, 5400)])
+def test_few_images_are_cross_validated_and_of_many_a_tenth_is_held_out(
+    images, trained_on, monkeypatch
+):
+    sizes, real = [], common.train_probe
+    monkeypatch.setattr(common, "PROBE_DECAYS", (1.0, 0.1))
+    monkeypatch.setattr(
+        common, "train_probe", lambda x, y, W, decay: sizes.append(len(x)) or real(x, y, W, decay)
+    )
+    (x, y), (x_test, y_test) = blobs(images), blobs(300, seed=1)
+    logits, choice = linear_probe(x, y, x_test, 3)
+    assert sizes == [trained_on] * (10 if images == 100 else 2) + [images]
+    assert abs(choice["held-out"] - common.accuracy(logits, y_test)) < 8
+    held_out = images if images == 100 else images // 10
+    assert (choice["held-out"] / 100 * held_out) == pytest.approx(
+        round(choice["held-out"] / 100 * held_out)
+    )
 
 
 def test_probe_does_not_see_the_scale_of_features_nor_the_test_set():
@@ -96,23 +146,14 @@ def test_probe_does_not_see_the_scale_of_features_nor_the_test_set():
     torch.testing.assert_close(part, logits[:7])
 
 
-def test_probe_chooses_among_decays_too():
-    rng = generator(3)  # labels that have little to do with the features
-    x, y = torch.randn(200, 50, generator=rng), torch.arange(200) % 2
-    x[:, 0] += y
-    chosen = [linear_probe(x, y, x[:1], 2, seed)[1] for seed in range(6)]
-    assert len({choice["weight_decay"] for choice in chosen}) > 1
-    assert len({choice["lr"] for choice in chosen}) > 1
-
-
-def test_a_probe_on_another_device_moves_nothing_while_it_trains():
-    # The device "meta" computes shapes only. An index on the CPU would be copied at each step, and
-    # a GPU would be waited for.
-    x, y = torch.empty(50, 6, device="meta"), torch.empty(50, device="meta", dtype=torch.long)
-    with Calls() as calls:
-        common.train_probes(x, y, 3, [(1.0, 0.0), (3.0, 1e-4)], 2, common.generator(0))
-    assert calls.names.count("aten._to_copy.default") < 5
-    assert all("cpu" not in devices or len(devices) == 1 for devices in calls.devices)
+def test_a_probe_chooses_a_strong_decay_for_noise_and_a_weak_one_for_clear_classes():
+    rng = generator(3)
+    noise, y = torch.randn(200, 50, generator=rng), torch.arange(200) % 2
+    (clear, labels), x_test = blobs(2000, spread=0.5), torch.zeros(1, 50)
+    strong = linear_probe(noise, y, x_test, 2)[1]["weight_decay"]
+    weak = linear_probe(clear, labels, clear[:1], 3)[1]["weight_decay"]
+    assert weak < 0.01 < 1 <= strong
+    assert {strong, weak} <= {*common.PROBE_DECAYS}
 
 
 def test_held_out_tenth_has_every_class():

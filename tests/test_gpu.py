@@ -106,25 +106,6 @@ def test_a_gpu_computes_what_the_cpu_computes(devices):
         assert error < tolerance, (name, error)
 
 
-def train_probe_without_waiting() -> None:
-    """Train a probe where a wait for the device, after the first step, is an error."""
-    x, y = torch.randn(500, 16, device="cuda"), torch.randint(3, (500,), device="cuda")
-    real = common.probe_losses
-
-    def strict(*args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        torch.cuda.set_sync_debug_mode("error")
-        return real(*args)
-
-    common.probe_losses = strict
-    common.train_probes(x, y, 3, [(1.0, 0.0), (3.0, 1e-4)], 2, common.generator(0))
-
-
-def test_a_probe_does_not_wait_for_the_device_while_it_trains(tmp_path):
-    argv = ("test_gpu.train_probe_without_waiting",)
-    code, text = start(*argv, output=tmp_path / "text", environment=ON_GPU).wait()
-    assert code == 0, text
-
-
 # --------------------------------------------------------------------------------------
 # Runs
 # --------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def test_linear_is_the_probe_on_the_frozen_features(encoder, folder, capsys):
         expected.append(common.accuracy(logits, test.labels))
         run = results(encoder)[0]["runs"][seed]
         assert run["top-1"] == pytest.approx(expected[-1]) and run["top-5"] == 100
-        assert float(run["lr"]) == pytest.approx(chosen["lr"])
+        assert float(run["weight_decay"]) == pytest.approx(chosen["weight_decay"])
     assert results(encoder)[0]["top-1"] == pytest.approx(np.mean(expected))
     assert results(encoder)[0]["top-1 std"] == pytest.approx(np.std(expected, ddof=1), abs=1e-4)
     assert f"top-1 {np.mean(expected):.2f}" in capsys.readouterr().out
