@@ -579,6 +579,9 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         accelerator.print(f"{args.encoder}: {note}; --normalize {statistics}")
     on_features = args.protocol in ON_FEATURES
     seeds = args.seeds or (3 if on_features else 1)
+    if args.protocol == "knn" and args.labels is None and not is_random:
+        seeds = 1
+        accelerator.print("kNN with all labels leaves nothing to chance: it runs once")
     draws = draw_labeled(args, bank, seeds)
 
     # Protocol.
@@ -641,11 +644,13 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         hits.append(scores.argmax(1).cpu() == test.labels)
 
     # Results: printed, drawn, and added to eval.json.
-    top = torch.tensor([[run["top-1"], run["top-5"]] for run in runs])
-    mean, std = top.mean(0).tolist(), top.std(0, correction=min(1, len(top) - 1)).tolist()
+    summary = {
+        name: common.summarize([run[name] for run in runs], len(test))
+        for name in ("top-1", "top-5")
+    }
     accelerator.print(
-        f"{common.format_table(runs)}\n{data}, {how}, {len(runs)} seeds: "
-        f"top-1 {mean[0]:.2f} ± {std[0]:.2f} %, top-5 {mean[1]:.2f} ± {std[1]:.2f} %"
+        f"{common.format_table(runs)}\n{data}, {how}, seeds: {len(runs)}; in percent, with the 95 % "
+        f"interval for {len(test)} test images:\n{common.format_table([summary])}"
     )
     if on_features:
         save_neighbors(args.out / "neighbours.png", h, bank, h_test, test)
@@ -669,10 +674,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         "how": how,
         "settings": settings | {"data": data, "image_size": size, "normalize": statistics},
         "torch": version("torch"),
-        "top-1": mean[0],
-        "top-1 std": std[0],
-        "top-5": mean[1],
-        "top-5 std": std[1],
+        **summary,
         "per-class": per_class,
         "runs": runs,
     }

@@ -165,6 +165,31 @@ def test_held_out_tenth_has_every_class():
     assert 45 < choice["held-out"] < 90
 
 
+def test_wilson_interval_vector():
+    # Wilson 1927; the same as statsmodels.stats.proportion.proportion_confint(method="wilson").
+    assert common.wilson_interval(90, 100) == pytest.approx((82.56, 94.48), abs=0.01)
+    assert common.wilson_interval(84.2, 10000) == pytest.approx((83.47, 84.90), abs=0.01)
+    assert common.wilson_interval(0, 20) == pytest.approx((0, 16.11), abs=0.01)
+    assert common.wilson_interval(100, 20) == pytest.approx((83.89, 100), abs=0.01)
+
+
+def test_a_wilson_interval_holds_the_true_accuracy_19_times_of_20():
+    rng = generator(0)
+    for true in (0.5, 0.9, 0.99):
+        measured = (torch.rand(4000, 200, generator=rng) < true).float().mean(1) * 100
+        intervals = [common.wilson_interval(v, 200) for v in measured.tolist()]
+        held = sum(low <= 100 * true <= high for low, high in intervals) / 4000
+        assert 0.92 < held < 0.98
+
+
+def test_a_summary_has_a_deviation_only_of_several_accuracies():
+    one, three = common.summarize([80.0], 100), common.summarize([79.0, 80.0, 81.0], 100)
+    assert one == {"mean": 80.0, "interval": common.wilson_interval(80, 100)}
+    assert three == one | {"std": 1.0}
+    assert common.format_accuracy(one) == "80.0 [71.1, 86.7]"
+    assert common.format_accuracy(three) == "80.0 ± 1.0 [71.1, 86.7]"
+
+
 def test_some_of_each_class():
     labels = torch.tensor([0, 1, 1, 2, 2, 2, 0, 1])
     index = common.draw_per_class(labels, 2, generator(4))
@@ -271,8 +296,10 @@ def test_comparison_tells_good_features_from_bad_and_counts_labels():
     about = {"method": "good", "architecture": "small", "stem": "3x3", "image_size": 8}
     rows = common.compare_features(Good(), about, data, data, seed=0)
     assert [row["features"] for row in rows] == ["good", "random", "raw pixels"]
-    assert rows[0]["kNN"] == rows[0]["linear"] == rows[0]["linear (10 a class)"] == 100
-    assert rows[2]["kNN (10 a class)"] < 80
+    for name in ("kNN", "linear", "linear (10 a class)"):
+        assert rows[0][name]["mean"] == 100
+        assert ("std" in rows[0][name]) == ("10" in name)
+    assert rows[2]["kNN (10 a class)"]["mean"] < 80
     assert rows[1] == common.compare_features(Good(), about, data, data, seed=0)[1]  # by the seed
     few = ImagesInMemory(pixels[:20], y[:20])
     assert set(common.compare_features(Good(), about, few, data, 0)[0]) == {

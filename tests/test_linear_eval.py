@@ -57,9 +57,11 @@ def test_linear_is_the_probe_on_the_frozen_features(encoder, folder, capsys):
         run = results(encoder)[0]["runs"][seed]
         assert run["top-1"] == pytest.approx(expected[-1]) and run["top-5"] == 100
         assert float(run["weight_decay"]) == pytest.approx(chosen["weight_decay"])
-    assert results(encoder)[0]["top-1"] == pytest.approx(np.mean(expected))
-    assert results(encoder)[0]["top-1 std"] == pytest.approx(np.std(expected, ddof=1), abs=1e-4)
-    assert f"top-1 {np.mean(expected):.2f}" in capsys.readouterr().out
+    top = results(encoder)[0]["top-1"]
+    assert top["mean"] == pytest.approx(np.mean(expected))
+    assert top["std"] == pytest.approx(np.std(expected, ddof=1), abs=1e-4)
+    assert top["interval"] == pytest.approx(common.wilson_interval(top["mean"], 18))
+    assert common.format_accuracy(top) in capsys.readouterr().out
 
 
 def test_knn_has_its_parameters_in_what_it_says(encoder, folder, capsys):
@@ -70,7 +72,25 @@ def test_knn_has_its_parameters_in_what_it_says(encoder, folder, capsys):
     scores = common.knn_predict(h, bank.labels, h_test, 7, 0.3)
     accuracy = common.accuracy(scores, test.labels)
     printed = capsys.readouterr().out
-    assert f"k = 7, T = 0.3, all labels, 3 seeds: top-1 {accuracy:.2f} ± 0.00" in printed
+    assert "k = 7, T = 0.3, all labels" in printed
+    top = results(encoder)[0]["top-1"]
+    assert top["mean"] == pytest.approx(accuracy) and "std" not in top
+    assert common.format_accuracy(top) in printed
+
+
+@pytest.mark.parametrize(
+    ("encoder_name", "labels", "runs"),
+    [("own", [], 1), ("own", ["--labels", "4"], 3), ("random", [], 3)],
+)
+def test_what_leaves_nothing_to_chance_runs_once_and_says_so(
+    encoder, folder, tmp_path, capsys, encoder_name, labels, runs
+):
+    name = str(encoder) if encoder_name == "own" else "random"
+    argv = [name, "--protocol", "knn", "--seeds", "3", "--knn-k", "5", *labels]
+    main([*argv, "--data", str(folder), "--arch", "small", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "eval.json").read_text())[0]
+    assert len(result["runs"]) == runs and ("std" in result["top-1"]) == (runs > 1)
+    assert ("it runs once" in capsys.readouterr().out) == (runs == 1)
 
 
 def test_labels_a_class_are_drawn_by_the_seed(encoder, monkeypatch):
@@ -333,7 +353,7 @@ def test_finetuning_learns(folder, tmp_path):
         "--protocol finetune --lr 0.2 --epochs 30 --batch-size 30 --out",
         str(out),
     )
-    assert json.loads((out / "eval.json").read_text())[0]["top-1"] > 60
+    assert json.loads((out / "eval.json").read_text())[0]["top-1"]["mean"] > 60
 
 
 def test_rate_and_epochs_follow_batch_and_labels(encoder, capsys):
@@ -426,7 +446,7 @@ def test_accuracies_by_class_are_those_of_the_predictions(encoder, folder):
         for i, name in enumerate(("across", "along", "both"))
     }
     assert result["per-class"] == pytest.approx(expected) and len(set(expected.values())) > 1
-    assert result["top-1"] == pytest.approx(np.mean([*expected.values()]))
+    assert result["top-1"]["mean"] == pytest.approx(np.mean([*expected.values()]))
 
 
 PROTOCOLS = [
@@ -464,7 +484,7 @@ def test_two_processes_give_exactly_the_accuracy_of_one(tmp_path):
         one, two = (
             json.loads((tmp_path / n / protocol / "eval.json").read_text())[0] for n in ("1", "2")
         )
-        assert 20 < one["top-1"] < 80
+        assert 20 < one["top-1"]["mean"] < 80
         assert one["runs"] == two["runs"] and one["per-class"] == two["per-class"]
 
 
