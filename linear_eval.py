@@ -644,13 +644,13 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         hits.append(scores.argmax(1).cpu() == test.labels)
 
     # Results: printed, drawn, and added to eval.json.
-    summary = {
-        name: common.summarize([run[name] for run in runs], len(test))
-        for name in ("top-1", "top-5")
-    }
+    summary = {}
+    for name in ("top-1", "top-5"):
+        summary[name] = common.summarize([run[name] for run in runs], len(test))
     accelerator.print(
-        f"{common.format_table(runs)}\n{data}, {how}, seeds: {len(runs)}; in percent, with the 95 % "
-        f"interval for {len(test)} test images:\n{common.format_table([summary])}"
+        f"{common.format_table(runs)}\n{data}, {how}, seeds: {len(runs)}\n"
+        f"in percent, with the 95 % interval for {len(test)} test images:\n"
+        f"{common.format_table([summary])}"
     )
     if on_features:
         save_neighbors(args.out / "neighbours.png", h, bank, h_test, test)
