@@ -54,7 +54,11 @@ SETS = {
     "cifar100": "CIFAR100",
     "stl10": "STL10",
 }
-ARCHITECTURES = ("small", "resnet18", "resnet34", "resnet50")
+# A network for very small images, and all ResNets of torchvision, beginning with resnet18.
+RESNETS = sorted(
+    torchvision.models.list_models(torchvision.models, include=["resn*", "wide_resn*"]), key=len
+)
+ARCHITECTURES = ("small", *RESNETS)
 # The weight decays that a linear probe tries, from the strongest to the weakest.
 PROBE_DECAYS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
 MEMORY_LIMIT = 8 * 2**30  # bytes of pixels that may be kept on the device, at most

@@ -45,6 +45,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -67,9 +68,8 @@ STATISTICS = {
 }
 ON_FEATURES = ("linear", "knn")  # the protocols that see each image once
 
-# The ResNets that are recognized in other repositories' checkpoints, and the names there of
-# second encoders, which their authors do not evaluate.
-RESNETS = (*common.ARCHITECTURES[1:], "resnet101", "resnet152", "wide_resnet50_2")
+# The names in other repositories' checkpoints of second encoders, which their authors do not
+# evaluate.
 SECOND_ENCODERS = ("encoder_k", "momentum", "target", "student")
 
 
@@ -129,6 +129,14 @@ class Match:
     wrong: list[str]
 
 
+@cache
+def expected_shapes(architecture: str, stem: str) -> dict[str, torch.Size]:
+    """The shapes of a ResNet's tensors, by name."""
+    with torch.device("meta"):  # without memory
+        tensors = common.build_encoder(architecture, stem).state_dict()
+    return {name: value.shape for name, value in tensors.items() if "num_batches" not in name}
+
+
 def match_resnet(found: dict[str, Tensor], prefix: str, architecture: str, stem: str) -> Match:
     """Compare the tensors under a prefix with those of a ResNet."""
     weights = {}
@@ -136,14 +144,14 @@ def match_resnet(found: dict[str, Tensor], prefix: str, architecture: str, stem:
         if name.startswith(prefix):
             ours = name.removeprefix(prefix).replace("shortcut.", "downsample.")  # SupContrast's
             weights[ours] = value
-    with torch.device("meta"):  # shapes without memory
-        wanted = common.build_encoder(architecture, stem).state_dict()
-    wrong = [
-        name
-        for name, value in wanted.items()
-        if "num_batches" not in name and (name not in weights or weights[name].shape != value.shape)
-    ]
-    wrong += [name for name in weights if name.startswith("layer") and name not in wanted]
+    wanted = expected_shapes(architecture, stem)
+    wrong = []
+    for name, shape in wanted.items():
+        if name not in weights or weights[name].shape != shape:
+            wrong.append(name)
+    for name in weights:
+        if name.startswith("layer") and name not in wanted and "num_batches" not in name:
+            wrong.append(name)
     return Match(architecture, stem, prefix, weights, wrong)
 
 
@@ -156,7 +164,7 @@ def match_checkpoint(found: dict[str, Tensor]) -> Match:
     ]
     first_layers.sort(key=lambda name: any(second in name for second in SECOND_ENCODERS))
     prefixes = [name.removesuffix("conv1.weight") for name in first_layers] or [""]
-    candidates = itertools.product(prefixes, RESNETS, ("7x7", "3x3"))
+    candidates = itertools.product(prefixes, common.RESNETS, ("7x7", "3x3"))
     matches = [match_resnet(found, *candidate) for candidate in candidates]
     return min(matches, key=lambda match: len(match.wrong))
 

@@ -23,7 +23,15 @@ from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
 import common
-from linear_eval import FINETUNE, RECIPES, STATISTICS, main, open_encoder, train
+from linear_eval import (
+    FINETUNE,
+    RECIPES,
+    STATISTICS,
+    main,
+    match_checkpoint,
+    open_encoder,
+    train,
+)
 
 
 def evaluate(encoder, *more):
@@ -656,6 +664,16 @@ def test_architecture_and_stem_are_read_off_the_shapes(tmp_path, architecture, s
     torch.save(named(resnet(architecture, stem), "module."), tmp_path / "a.pth")
     net, _, said = open_encoder(str(tmp_path / "a.pth"))
     assert f"{architecture}, {stem} stem" in said and net.width in (512, 2048)
+
+
+@pytest.mark.parametrize("stem", ["7x7", "3x3"])
+@pytest.mark.parametrize("architecture", common.RESNETS)
+def test_every_resnet_of_torchvision_is_recognized(architecture, stem):
+    with torch.device("meta"):
+        tensors = common.build_encoder(architecture, stem).state_dict()
+    match = match_checkpoint({f"encoder_q.{name}": value for name, value in tensors.items()})
+    assert (match.architecture, match.stem, match.wrong) == (architecture, stem, [])
+    assert len(common.RESNETS) >= 10
 
 
 def test_foreign_safetensors(tmp_path):
