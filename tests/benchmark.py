@@ -13,6 +13,8 @@
 4. Gray levels between views of the same parameters from memory and from files read anew.
 5. With --negatives: seconds a step and peak memory of moco.py by the size of its queue, and of
    simclr.py by its batch, each in a process of its own.
+6. With --chunks: seconds a step and peak memory of simclr.py by its batch, at once and with
+   --chunk-size 256, each in a process of its own.
 """
 
 import argparse
@@ -232,6 +234,25 @@ def negatives(folder: str) -> None:
         print(f"{name}, batch {batch}: {count} negatives, {seconds:.2f} s a step, {memory:.2f} GiB")
 
 
+def chunks(folder: str) -> None:
+    """A table of simclr.py by batch, at once and in chunks of 256 images."""
+    script = Path(__file__).resolve().parent.parent / "simclr.py"
+    for batch in (256, 512, 1024, 2048, 4096, 8192):
+        for more in ([], ["--chunk-size", "256"]):
+            out = f"{folder}/simclr{batch}{len(more)}"
+            argv = [sys.executable, script, "--data", f"{folder}/images/train", "--stem", "7x7"]
+            argv += ["--batch-size", str(batch), "--max-steps", "2", "--warmup-epochs", "0"]
+            child = subprocess.Popen([*argv, "--out", out, *more], stdout=subprocess.DEVNULL)
+            _, status, usage = os.wait4(child.pid, 0)
+            what = f"batch {batch}, {'in chunks of 256' if more else 'at once'}"
+            if status:
+                print(f"{what}: not enough memory", flush=True)
+                continue
+            last = json.loads(Path(out, "metrics.jsonl").read_text().splitlines()[-1])
+            seconds, memory = batch / last["images_per_s"], usage.ru_maxrss / 2**20
+            print(f"{what}: {seconds:.2f} s a step, {memory:.2f} GiB", flush=True)
+
+
 def rounding(folder: str) -> None:
     memory, files = (
         common.load_splits(folder, "", 256, torch.device("cpu"), 2, stream)[0]
@@ -255,6 +276,7 @@ if __name__ == "__main__":
     parser.add_argument("--only", choices=[s.__name__ for s in WORK], help="one script's loop")
     parser.add_argument("--photographs", help="class folders of photographs")
     parser.add_argument("--negatives", action="store_true", help="moco.py's memory by its queue")
+    parser.add_argument("--chunks", action="store_true", help="simclr.py's memory by its batch")
     args = parser.parse_args()
     turns = args.turns
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
@@ -263,6 +285,9 @@ if __name__ == "__main__":
         class_folders(Path(folder, "images"), 256 * steps)
         if args.negatives:
             negatives(folder)
+            sys.exit()
+        if args.chunks:
+            chunks(folder)
             sys.exit()
         for script in [s for s in WORK if args.only in (None, s.__name__)]:
             argv = ["--data", f"{folder}/images", "--out", f"{folder}/{script.__name__}"]
