@@ -23,8 +23,8 @@ from conftest import METHODS, arguments, assert_same_end, start, write_folder
 LONGER = dict.fromkeys(METHODS, "--epochs 12 --batch-size 3 --eval-every 4")
 LONGER["swav"] += " --queue-start 0 --queue-size 16 --freeze-prototypes 0"
 LONGER["drlim"] = "--epochs 30 --eval-every 10"
-# Steps on the bundled images, with an evaluation every 156 of them, so also before the first look.
-MANY_STEPS = "--max-steps 2001 --batch-size 64 --epochs 1000 --eval-every 1 --workers 1"
+# Steps on the bundled images, without an evaluation, whose memory is kept for the next one.
+MANY_STEPS = "--max-steps 2001 --batch-size 64 --epochs 1000 --eval-every 999 --workers 1"
 
 
 def kill_and_resume(method: str, argv: list, folder: Path, whole: Path, seconds: float) -> bool:
