@@ -12,9 +12,9 @@ ENCODER is an encoder.safetensors of these scripts, the checkpoint of a ResNet f
 repository, or `random`, an untrained encoder.
 
 The protocols:
-- linear: logistic regression on the features of whole images, which are computed once. A grid of
-  learning rates and weight decays is trained on nine tenths of the training labels. The pair that
-  is best on the held-out tenth is trained again on all, and is tested once.
+- linear: logistic regression on the features of whole images, which are computed once. The weight
+  decay is chosen on a held-out tenth of the training labels or, with few, by cross-validation. The
+  probe is then trained on all labels, and is tested once.
 - knn: weighted k nearest neighbors (Wu et al. 2018, section 3.4).
 - linear-augmented: a linear layer on random crops and flips, with the --recipe of one of the
   methods' authors.
@@ -23,6 +23,8 @@ The protocols:
 
 Except in finetune, the encoder stays in eval mode, and is compared bit by bit with what it was. A
 seed draws the labeled images, the held-out tenth, the batches, the new layer and a random encoder.
+Accuracies are given with the 95 % interval that the number of test images leaves (Wilson) and, over
+several seeds, with their standard deviation.
 
 Differences from the authors' recipes:
 - Learning rates change step by step, not once per epoch.
