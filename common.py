@@ -113,9 +113,9 @@ def entry_point(advice: str) -> Iterator[None]:
             raise
         traceback.clear_frames(error.__traceback__)  # They hold on to DDP.
 
-    # DDP holds on to the process group. If it outlived the group, one run in ten would abort.
+    # DDP holds on to the process group. When it outlives the group, some runs abort at their end.
     gc.collect()
-    # After a failure here the other processes may still be at work. NCCL would wait for them.
+    # After a failure the other processes may still be at work, and NCCL would wait for them.
     group = torch.distributed
     if group.is_initialized() and (failure is None or group.get_backend() == "gloo"):
         group.destroy_process_group()
@@ -136,7 +136,7 @@ def explain(error: BaseException, advice: str) -> SystemExit | None:
         return None
     report(
         f"there is not enough memory ({problem:.150}): use smaller images, a smaller batch or a "
-        "smaller network, and another --out",
+        "smaller network",
         every_process=True,
     )
     return SystemExit(2)
@@ -146,8 +146,10 @@ def memory_problem(error: Exception) -> str | None:
     """The line of an error which says that memory ran out, of the host or of a device."""
     if isinstance(error, MemoryError):
         return str(error) or repr(error)
+    # The last two are of tensors that are larger than any memory.
+    phrases = ("can't allocate memory", "out of memory", "size calculation", "multiplication over")
     for line in str(error).splitlines():
-        if any(words in line for words in ("can't allocate memory", "out of memory", "overflow")):
+        if any(phrase in line for phrase in phrases):
             return line.rpartition("Allocator: ")[2]  # without torch's file and line
     return None
 
@@ -312,14 +314,13 @@ def on_main_process(function: Callable[..., Any], *arguments: object) -> Any:
 
 def check_agreement(settings: dict) -> None:
     """Fail if the processes were not all started with the same flags and images."""
-    everyone = gather_object([json.dumps(settings)])
-    differing = [
-        name for name in settings if len({json.dumps(json.loads(s)[name]) for s in everyone}) > 1
-    ]
+    differing = set()
+    for others in gather_object([settings]):
+        differing |= {name for name in settings if others[name] != settings[name]}
     if differing:
         fail(
-            f"the machines do not agree on {', '.join(differing)}: start the same command on each, "
-            "with the same images"
+            f"the machines do not agree on {', '.join(sorted(differing))}: start the same command "
+            "on each, with the same images"
         )
 
 
@@ -1316,7 +1317,7 @@ def principal_coordinates(x: Tensor, x_test: Tensor) -> tuple[Tensor, Tensor]:
             features [M, D].
 
     Returns:
-        Both with K <= D columns: axes along which the training features do not vary are left out.
+        Both with K <= D columns. Axes along which the training features do not vary are left out.
     """
     mean, deviation = x.mean(0), x.std(0)
     scale = torch.where(deviation > 1e-6 * deviation.max(), 1 / deviation, 0)
@@ -1340,8 +1341,8 @@ def train_probe(x: Tensor, y: Tensor, W: Tensor, weight_decay: float) -> Tensor:
     Returns:
         [D, C] weights.
     """
-    # Along an axis the loss is curved about as much as this. With weights in units in which all
-    # axes are alike, a few steps do what would otherwise take hundreds.
+    # This is about how much the loss is curved along each axis. The optimizer sees the weights in
+    # units in which all axes are curved alike. Then it takes tens of steps instead of hundreds.
     curvature = x.square().mean(0)[:, None] / W.shape[1] + weight_decay
     unit = curvature.rsqrt()
     V = (W / unit).requires_grad_()
@@ -1360,19 +1361,66 @@ def train_probe(x: Tensor, y: Tensor, W: Tensor, weight_decay: float) -> Tensor:
     return unit * V.detach()
 
 
+def probe_folds(y: Tensor, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Divide images into those that a probe is trained on and those that are held out.
+
+    Args:
+        y: labels [N].
+        seed: of the division.
+
+    Returns:
+        Pairs of indices. With 5,000 images or more there is one pair, with a tenth held out; with
+        fewer there are five, in which every image is held out once.
+    """
+    order = torch.randperm(len(y), generator=generator(seed))
+    # Sorted by class, every tenth image makes a fair sample of the classes.
+    order = order[y.cpu()[order].argsort(stable=True)].to(y.device)
+    parts, held_out_parts = (10, 1) if len(y) >= 5000 else (5, 5)
+    number = torch.arange(len(y), device=y.device) % parts
+    return [(order[number != part], order[number == part]) for part in range(held_out_parts)]
+
+
+def choose_decay(x: Tensor, y: Tensor, classes: int, seed: int) -> tuple[float, float]:
+    """Choose the weight decay of a probe by its loss on held-out images; see `probe_folds`.
+
+    Args:
+        x, y: as for `train_probe`.
+        classes: how many there are.
+        seed: of the held-out images.
+
+    Returns:
+        The best of PROBE_DECAYS, and the accuracy on held-out images with it, in percent.
+    """
+    folds = probe_folds(y, seed)
+    weights = [x.new_zeros(x.shape[1], classes)] * len(folds)
+
+    # Each decay starts from the weights of the stronger one before it. The loss falls at first.
+    # When it has been above its minimum twice in a row, the weaker decays are not tried.
+    losses, accuracies = [], []
+    for decay in progress(PROBE_DECAYS, "linear probe"):
+        logits = []
+        for i, (train, held_out) in enumerate(folds):
+            weights[i] = train_probe(x[train], y[train], weights[i], decay)
+            logits.append(x[held_out] @ weights[i])
+        labels = torch.cat([y[held_out] for _, held_out in folds])
+        losses.append(F.cross_entropy(torch.cat(logits), labels).item())
+        accuracies.append(accuracy(torch.cat(logits), labels))
+        best = losses.index(min(losses))
+        if len(losses) > best + 2:
+            break
+    return PROBE_DECAYS[best], accuracies[best]
+
+
 def linear_probe(
     x: Tensor, y: Tensor, x_test: Tensor, classes: int, seed: int = 0
 ) -> tuple[Tensor, dict[str, float]]:
-    """Logistic regression on fixed features, with the best weight decay of PROBE_DECAYS.
-
-    With 5,000 images or more, the decay is chosen by the loss on a held-out tenth; with fewer, by
-    cross-validation with five parts. The probe is then trained on all images.
+    """Logistic regression on fixed features, with the weight decay of `choose_decay`.
 
     Args:
         x, y: training features [N, D] and labels [N].
         x_test: test features [M, D].
         classes: how many there are, C.
-        seed: of the held-out parts.
+        seed: of the images that are held out to choose the decay.
 
     Returns:
         Logits [M, C], and the chosen "weight_decay" with the accuracy "held-out", in percent.
@@ -1380,35 +1428,10 @@ def linear_probe(
     y = y.to(x.device)
     x, x_test = principal_coordinates(x, x_test)
     x, x_test = F.pad(x, (0, 1), value=1), F.pad(x_test, (0, 1), value=1)  # for the biases
-    zeros = x.new_zeros(x.shape[1], classes)
 
-    # Sorted by class, every tenth image makes a fair sample of the classes.
-    order = torch.randperm(len(x), generator=generator(seed))
-    order = order[y.cpu()[order].argsort(stable=True)].to(x.device)
-    parts, held_out_parts = (10, 1) if len(x) >= 5000 else (5, 5)
-    number = torch.arange(len(x), device=x.device) % parts
-    weights = [zeros] * held_out_parts
-
-    # From the strongest decay to weaker ones, each from the weights of the one before. The loss on
-    # images that were held out falls first; when it has risen twice, it will not fall again.
-    losses, hits = [], []
-    for decay in progress(PROBE_DECAYS, "linear probe"):
-        loss = correct = 0.0
-        for part in range(held_out_parts):
-            train, held_out = order[number != part], order[number == part]
-            weights[part] = train_probe(x[train], y[train], weights[part], decay)
-            logits, labels = x[held_out] @ weights[part], y[held_out]
-            loss += F.cross_entropy(logits, labels, reduction="sum").item()
-            correct += (logits.argmax(1) == labels).sum().item()
-        losses.append(loss)
-        hits.append(correct)
-        best = losses.index(min(losses))
-        if len(losses) > best + 2:
-            break
-
-    decay, tested = PROBE_DECAYS[best], (number < held_out_parts).sum().item()
-    W = train_probe(x, y, zeros, decay)
-    return x_test @ W, {"weight_decay": decay, "held-out": 100 * hits[best] / tested}
+    decay, held_out = choose_decay(x, y, classes, seed)
+    W = train_probe(x, y, x.new_zeros(x.shape[1], classes), decay)
+    return x_test @ W, {"weight_decay": decay, "held-out": held_out}
 
 
 def accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
@@ -1420,8 +1443,8 @@ def accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
 def wilson_interval(percent: float, n: int) -> tuple[float, float]:
     """The 95 % confidence interval of an accuracy that was measured on n images.
 
-    It says how sure the accuracy is because there are only so many test images (Wilson 1927). What
-    another training or another draw of labels would change is not in it.
+    It shows the uncertainty that the limited number of test images leaves (Wilson 1927). It does
+    not include what another training run or another draw of labels would change.
     """
     z = 1.96  # The middle 95 % of a normal distribution lie within so many standard deviations.
     share = percent / 100
@@ -1431,7 +1454,7 @@ def wilson_interval(percent: float, n: int) -> tuple[float, float]:
 
 
 def summarize(accuracies: Sequence[float], n: int) -> dict:
-    """The mean of accuracies and how sure it is, all in percent.
+    """The mean of accuracies and its uncertainty, all in percent.
 
     Args:
         accuracies: of one or several draws of labels, or seeds.
@@ -1466,44 +1489,58 @@ def knn_accuracy(encoder: nn.Module, bank: ImageSet, test: ImageSet, size: int) 
     return accuracy(scores, test.labels)
 
 
+def score_features(
+    x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, draws: Sequence[Tensor], seed: int
+) -> tuple[dict, dict]:
+    """Test accuracies of features by kNN and by a linear probe; see `summarize`.
+
+    Args:
+        x, y: training features [N, D] and labels [N].
+        x_test, y_test: test features [M, D] and labels [M].
+        draws: indices of the training images that are used. Each draw gives an accuracy.
+        seed: of the linear probe.
+
+    Returns:
+        A summary for kNN with k = 20 or all images and T = 0.07, and one for the linear probe.
+    """
+    classes = int(y.max()) + 1
+    knn, linear = [], []
+    for i in draws:
+        h = x[i.to(x.device)]
+        votes = knn_predict(h, y[i], x_test, min(20, len(i)), 0.07, classes)
+        logits, _ = linear_probe(h, y[i], x_test, classes, seed)
+        knn.append(accuracy(votes, y_test))
+        linear.append(accuracy(logits, y_test))
+    return summarize(knn, len(y_test)), summarize(linear, len(y_test))
+
+
 def compare_features(
     encoder: nn.Module, about: dict, bank: ImageSet, test: ImageSet, seed: int
 ) -> list[dict]:
     """Test accuracies of an encoder, of the same encoder untrained, and of raw pixels.
 
     Returns:
-        A row for each, with the accuracies of kNN (k = 20, T = 0.07) and of a linear probe, with
-        all labels and, if there are as many, with 10 per class (5 draws). See `summarize`.
+        A row for each, with the accuracies of `score_features`, with all labels and, if there are
+        as many, with 10 per class (5 draws).
     """
     torch.manual_seed(seed)
     untrained = build_encoder(about["architecture"], about["stem"]).to(PartialState().device)
     encoders = {about["method"]: encoder, "random": untrained, "raw pixels": nn.Flatten()}
-    labels, size = bank.labels, about["image_size"]
+
     subsets = {"": [torch.arange(len(bank))]}
-    if labels.bincount().min() >= 10:
-        draws = [draw_per_class(labels, 10, generator(seed, i)) for i in range(5)]
+    if bank.labels.bincount().min() >= 10:
+        draws = [draw_per_class(bank.labels, 10, generator(seed, i)) for i in range(5)]
         subsets[" (10 a class)"] = draws
 
-    classes = int(labels.max()) + 1
-    probes = len(encoders) * sum(len(draws) for draws in subsets.values())
-    bar = progress(range(probes), "evaluation")
     rows = []
-    for features, network in encoders.items():
-        x, x_test = extract_features(network, bank, size), extract_features(network, test, size)
+    for features, network in progress(encoders.items(), "evaluation"):
+        x = extract_features(network, bank, about["image_size"])
+        x_test = extract_features(network, test, about["image_size"])
         row = {"features": features}
         for name, draws in subsets.items():
-            knn, linear = [], []
-            for i in draws:
-                h = x[i.to(x.device)]
-                votes = knn_predict(h, labels[i], x_test, min(20, len(i)), 0.07, classes)
-                logits, _ = linear_probe(h, labels[i], x_test, classes, seed)
-                knn.append(accuracy(votes, test.labels))
-                linear.append(accuracy(logits, test.labels))
-                bar.update()
-            row[f"kNN{name}"] = summarize(knn, len(test))
-            row[f"linear{name}"] = summarize(linear, len(test))
+            scores = score_features(x, bank.labels, x_test, test.labels, draws, seed)
+            row[f"kNN{name}"], row[f"linear{name}"] = scores
         rows.append(row)
-    bar.close()
     return rows
 
 

@@ -825,6 +825,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     if accelerator.is_main_process and not is_paper:
         common.save_encoder(args.out / "encoder.safetensors", encoder, **about)
     finish_map(args, G, train, test, len(classes))
+    # Accelerate's end_training would also part the processes, for which it is too early while the
+    # model is alive. `common.entry_point` does that.
     for tracker in accelerator.trackers:
         tracker.finish()
 

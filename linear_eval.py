@@ -346,7 +346,7 @@ def train(
         optimizer.step()
         scheduler.step()
 
-    accelerator.free_memory()  # DDP, of this seed
+    accelerator.free_memory()  # lets go of this seed's DDP
     return nn.Sequential(*network)  # the same layers without Accelerate's autocast, to evaluate
 
 

@@ -210,14 +210,19 @@ def embed(model: nn.Module, views: Tensor) -> Tensor:
 
 @torch.no_grad()
 def embed_in_chunks(model: nn.Module, views: Tensor, chunk_size: int) -> Tensor:
-    """The same for some images at a time, without what a backward pass would need.
+    """The embeddings of `embed`, for some images at a time and without their graph.
 
-    This and `backward_in_chunks` give the gradient of the loss of a whole batch with the
-    activations of a few images in memory (Gao et al. 2021, https://arxiv.org/abs/2101.06983). Batch
-    norm sees one chunk at a time, as if each chunk were on a process of its own.
+    With `backward_in_chunks`, this gives the gradient of the loss of a whole batch, while only the
+    activations of one chunk are in memory (Gao et al. 2021, https://arxiv.org/abs/2101.06983).
+    Batch norm sees one chunk at a time, as if each chunk were on a process of its own.
+
+    Args:
+        model: as Accelerate has prepared it.
+        views: [2, B, 3, S, S].
+        chunk_size: images in a chunk.
 
     Returns:
-        z [B, 2, D], which collects the gradient of the loss.
+        z [B, 2, D]. After the backward pass of the loss, z.grad holds the gradient.
     """
     buffers = [value.clone() for value in model.buffers()]
     z = torch.cat([embed(model, chunk) for chunk in views.split(chunk_size, dim=1)])
@@ -230,13 +235,13 @@ def embed_in_chunks(model: nn.Module, views: Tensor, chunk_size: int) -> Tensor:
 def backward_in_chunks(
     model: nn.Module, views: Tensor, chunk_size: int, gradient: Tensor, accelerator: Accelerator
 ) -> None:
-    """Run the backward pass of some images at a time.
+    """Run the forward pass of each chunk again, and its backward pass.
 
     Args:
         model: as Accelerate has prepared it.
         views: [2, B, 3, S, S].
-        chunk_size: images at a time.
-        gradient: [B, 2, D] of the loss, with respect to the embeddings.
+        chunk_size: images in a chunk.
+        gradient: [B, 2, D], of the loss with respect to the embeddings.
         accelerator: shares the parameter gradients among the processes, after the last chunk.
     """
     chunks = views.split(chunk_size, dim=1)
@@ -279,29 +284,33 @@ class LARS(torch.optim.Optimizer):
         # parameters would make so many small calls that a GPU waits for them.
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            gradients = [p.grad for p in params]
+            if not params:
+                continue
+            wide = [p for p in params if p.ndim > 1]
+            narrow = [p for p in params if p.ndim <= 1]
+            params = wide + narrow
+            g = self.adapt(wide, group) + [p.grad for p in narrow]
+
             for p in params:
                 if not self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             buffers = [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, g, alpha=group["lr"])
+            torch._foreach_sub_(params, buffers)
 
-            adapted = [i for i, p in enumerate(params) if p.ndim > 1]
-            if adapted:
-                wide = [params[i] for i in adapted]
-                g = [gradients[i] for i in adapted]
-                g = torch._foreach_add(g, wide, alpha=group["weight_decay"])
-                p_norms = torch.stack(torch._foreach_norm(wide))
-                g_norms = torch.stack(torch._foreach_norm(g))
-                trust = group["trust_coefficient"] * p_norms / g_norms
-                trust = torch.where((trust > 0) & trust.isfinite(), trust, 1)
-                torch._foreach_mul_(g, list(trust.unbind()))
-                for i, g_i in zip(adapted, g, strict=True):
-                    gradients[i] = g_i
-
-            if params:
-                torch._foreach_mul_(buffers, group["momentum"])
-                torch._foreach_add_(buffers, gradients, alpha=group["lr"])
-                torch._foreach_sub_(params, buffers)
+    @staticmethod
+    def adapt(params: list[Tensor], group: dict) -> list[Tensor]:
+        """The gradients with weight decay, each multiplied by trust_coefficient * |p| / |g|."""
+        if not params:
+            return []
+        g = torch._foreach_add([p.grad for p in params], params, alpha=group["weight_decay"])
+        p_norms = torch.stack(torch._foreach_norm(params))
+        g_norms = torch.stack(torch._foreach_norm(g))
+        trust = group["trust_coefficient"] * p_norms / g_norms
+        trust = torch.where((trust > 0) & trust.isfinite(), trust, 1)
+        torch._foreach_mul_(g, list(trust.unbind()))
+        return list(g)
 
 
 def build_optimizer(name: str, params, lr: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -456,7 +465,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--chunk-size",
         type=common.positive_int,
-        help="images of which each process keeps the activations at a time (default: all)",
+        help="images whose activations a process keeps in memory at a time (default: all)",
     )
     add("--optimizer", choices=PEAK_LR, default="lars", help="algorithm that updates the weights")
     add(
@@ -667,6 +676,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         "data": args.data,
     }
     common.finish(args.out, encoder, about, bank, test, args.seed, rows[-1])
+    # Accelerate's end_training would also part the processes, for which it is too early while the
+    # model is alive. `common.entry_point` does that.
     for tracker in accelerator.trackers:
         tracker.finish()
 

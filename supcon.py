@@ -21,6 +21,7 @@ Where to find the parts of the paper:
 - section 3.1, stage 2 (a linear classifier): the table at the end of the run, and linear_eval.py
 - section 3.2.3, triplet and N-pairs losses as special cases: the docstring of `supcon_loss`
 - the number of positives: --max-positives
+- batches larger than the memory, which are not in the paper: --chunk-size, `embed_in_chunks`
 
 Differences from the paper and the authors' code:
 - The loss is the mean over the anchors that have a positive; Eq. 2 and 3 are sums. It has no other
@@ -242,14 +243,19 @@ def embed(model: nn.Module, views: Tensor) -> Tensor:
 
 @torch.no_grad()
 def embed_in_chunks(model: nn.Module, views: Tensor, chunk_size: int) -> Tensor:
-    """The same for some images at a time, without what a backward pass would need.
+    """The embeddings of `embed`, for some images at a time and without their graph.
 
-    This and `backward_in_chunks` give the gradient of the loss of a whole batch with the
-    activations of a few images in memory (Gao et al. 2021, https://arxiv.org/abs/2101.06983). Batch
-    norm sees one chunk at a time, as if each chunk were on a process of its own.
+    With `backward_in_chunks`, this gives the gradient of the loss of a whole batch, while only the
+    activations of one chunk are in memory (Gao et al. 2021, https://arxiv.org/abs/2101.06983).
+    Batch norm sees one chunk at a time, as if each chunk were on a process of its own.
+
+    Args:
+        model: as Accelerate has prepared it.
+        views: [2, B, 3, S, S].
+        chunk_size: images in a chunk.
 
     Returns:
-        z [B, 2, D], which collects the gradient of the loss.
+        z [B, 2, D]. After the backward pass of the loss, z.grad holds the gradient.
     """
     buffers = [value.clone() for value in model.buffers()]
     z = torch.cat([embed(model, chunk) for chunk in views.split(chunk_size, dim=1)])
@@ -262,13 +268,13 @@ def embed_in_chunks(model: nn.Module, views: Tensor, chunk_size: int) -> Tensor:
 def backward_in_chunks(
     model: nn.Module, views: Tensor, chunk_size: int, gradient: Tensor, accelerator: Accelerator
 ) -> None:
-    """Run the backward pass of some images at a time.
+    """Run the forward pass of each chunk again, and its backward pass.
 
     Args:
         model: as Accelerate has prepared it.
         views: [2, B, 3, S, S].
-        chunk_size: images at a time.
-        gradient: [B, 2, D] of the loss, with respect to the embeddings.
+        chunk_size: images in a chunk.
+        gradient: [B, 2, D], of the loss with respect to the embeddings.
         accelerator: shares the parameter gradients among the processes, after the last chunk.
     """
     chunks = views.split(chunk_size, dim=1)
@@ -445,7 +451,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--chunk-size",
         type=common.positive_int,
-        help="images of which each process keeps the activations at a time (default: all)",
+        help="images whose activations a process keeps in memory at a time (default: all)",
     )
     add("--optimizer", choices=PEAK_LR, default="sgd", help="algorithm that updates the weights")
     add(
@@ -685,6 +691,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         "data": args.data,
     }
     common.finish(args.out, encoder, about, images, test, args.seed, rows[-1])
+    # Accelerate's end_training would also part the processes, for which it is too early while the
+    # model is alive. `common.entry_point` does that.
     for tracker in accelerator.trackers:
         tracker.finish()
 

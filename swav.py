@@ -786,6 +786,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     }
     save_prototypes(args.out / "prototypes.png", network, images, size, args.seed)
     common.finish(args.out, encoder, about, bank, test, args.seed, rows[-1])
+    # Accelerate's end_training would also part the processes, for which it is too early while the
+    # model is alive. `common.entry_point` does that.
     for tracker in accelerator.trackers:
         tracker.finish()
 

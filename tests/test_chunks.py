@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from conftest import TINY, checkpoint, run, start
 from test_processes import keep_gradients, without_batch_statistics
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import common
 import simclr
@@ -64,6 +65,29 @@ def test_without_batch_statistics_the_gradient_is_that_of_the_whole_batch(name, 
     for gradients in others:
         for a, b in zip(gradients, whole, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def count_exchanges(folder, out):
+    """Save how many of a step's forward passes were made without an exchange of gradients."""
+    real, passes = DistributedDataParallel.forward, []
+
+    def noting(self, *args):
+        if torch.is_grad_enabled():
+            passes.append(self.require_backward_grad_sync)
+        return real(self, *args)
+
+    DistributedDataParallel.forward = noting
+    more = ["--batch-size", "12", "--chunk-size", "2", "--max-steps", "1"]
+    simclr.main(["--data", folder, "--out", f"{out}-run", *TINY, *more])
+    if common.PartialState().is_main_process:
+        torch.save(passes, out)
+
+
+def test_processes_exchange_gradients_after_the_last_chunk_only(few, tmp_path):
+    argv = ("test_chunks.count_exchanges", few, tmp_path / "passes")
+    code, text = start(*argv, output=tmp_path / "text", processes=2).wait()
+    assert code == 0, text
+    assert torch.load(tmp_path / "passes", weights_only=True) == [False, False, True]
 
 
 def test_running_averages_see_each_chunk_once():

@@ -229,7 +229,7 @@ def test_flags_that_the_readme_names_exist():
     launchers = {"--mixed_precision", "--num_processes", "--multi_gpu", "--nproc_per_node"}
     launchers |= {"--cpu", "--dynamo_backend", "--num_machines", "--shm-size", "--dist"}
     launchers |= {"--machine_rank", "--main_process_ip", "--main_process_port"}
-    benchmark = {"--photographs", "--negatives", "--chunks", "--only", "--turns"}
+    benchmark = {"--photographs", "--negatives", "--chunks", "--probe", "--only", "--turns"}
     known = launchers | benchmark
     for module in MODULES:
         for action in actions(module):
