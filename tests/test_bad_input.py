@@ -406,6 +406,24 @@ def test_what_cannot_be_allocated_is_one_line(script, few, tmp_path, capsys):
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        lambda: torch.empty(10**9, 10**9),
+        lambda: torch.empty(2, 3, 10**9, 10**9),
+        lambda: torch.empty(1).expand(10**12, 10**12).contiguous(),
+        lambda: np.zeros((10**9, 10**9)),
+    ],
+)
+def test_a_lack_of_memory_is_told_from_other_errors(allocate):
+    with pytest.raises((MemoryError, RuntimeError)) as error:
+        allocate()
+    assert common.memory_problem(error.value)
+    with pytest.raises(RuntimeError) as error:
+        torch.tensor(2**40).to(torch.int32) + torch.tensor([10**30])
+    assert common.memory_problem(error.value) is None
+
+
 # --------------------------------------------------------------------------------------
 # Modes of Accelerate
 # --------------------------------------------------------------------------------------

@@ -156,13 +156,21 @@ def test_a_probe_chooses_a_strong_decay_for_noise_and_a_weak_one_for_clear_class
     assert {strong, weak} <= {*common.PROBE_DECAYS}
 
 
-def test_held_out_tenth_has_every_class():
-    rng, y = generator(3), torch.arange(300) % 3
-    x = torch.randn(300, 6, generator=rng)
-    x[y == 0] += 20  # easily told from the others, which cannot be told apart
-    order = y.argsort(stable=True)
-    _, choice = linear_probe(x[order], y[order], x, 3)
-    assert 45 < choice["held-out"] < 90
+@pytest.mark.parametrize(("images", "folds"), [(100, 5), (5000, 1)])
+def test_held_out_images_are_a_fair_sample_of_the_classes(images, folds):
+    y = torch.cat([torch.zeros(images // 2), torch.arange(images // 2) % 3 + 1]).long()
+    pairs = common.probe_folds(y, seed=0)
+    assert len(pairs) == folds
+    for train, held_out in pairs:
+        assert sorted([*train.tolist(), *held_out.tolist()]) == list(range(images))
+        share = len(held_out) / images
+        assert share == (0.2 if folds == 5 else 0.1)
+        counts = y[held_out].bincount(minlength=4)
+        assert ((counts - share * y.bincount()).abs() <= 1).all()
+    held_out = torch.cat([held_out for _, held_out in pairs])
+    assert len(held_out.unique()) == len(held_out) == (images if folds == 5 else images // 10)
+    other = common.probe_folds(y, seed=1)[0][1]
+    assert not torch.equal(other.sort().values, pairs[0][1].sort().values)
 
 
 def test_wilson_interval_vector():
