@@ -59,6 +59,12 @@ RESNETS = sorted(
     torchvision.models.list_models(torchvision.models, include=["resn*", "wide_resn*"]), key=len
 )
 ARCHITECTURES = ("small", *RESNETS)
+# Mean and standard deviation of the three channels, with which an encoder's inputs are normalized.
+STATISTICS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),  # The inputs stay in 0..1.
+}
 # The weight decays that a linear probe tries, from the strongest to the weakest.
 PROBE_DECAYS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
 MEMORY_LIMIT = 8 * 2**30  # bytes of pixels that may be kept on the device, at most
@@ -1519,13 +1525,23 @@ def compare_features(
 ) -> list[dict]:
     """Test accuracies of an encoder, of the same encoder untrained, and of raw pixels.
 
+    Args:
+        encoder: the trained encoder, which gets inputs with the mean and std that `about` says.
+        about: the metadata of the encoder.
+        bank, test: labeled training images and test images.
+        seed: of the untrained encoder, the draws of labels and the linear probes.
+
     Returns:
         A row for each, with the accuracies of `score_features`, with all labels and, if there are
         as many, with 10 per class (5 draws).
     """
     torch.manual_seed(seed)
-    untrained = build_encoder(about["architecture"], about["stem"]).to(PartialState().device)
-    encoders = {about["method"]: encoder, "random": untrained, "raw pixels": nn.Flatten()}
+    untrained = build_encoder(about["architecture"], about["stem"])
+    encoders = {
+        about["method"]: nn.Sequential(Normalize(about["mean"], about["std"]), encoder),
+        "random": nn.Sequential(Normalize(about["mean"], about["std"]), untrained),
+        "raw pixels": nn.Flatten(),
+    }
 
     subsets = {"": [torch.arange(len(bank))]}
     if bank.labels.bincount().min() >= 10:
@@ -1534,6 +1550,7 @@ def compare_features(
 
     rows = []
     for features, network in progress(encoders.items(), "evaluation"):
+        network.to(PartialState().device)
         x = extract_features(network, bank, about["image_size"])
         x_test = extract_features(network, test, about["image_size"])
         row = {"features": features}
@@ -1558,7 +1575,8 @@ def finish(
     Args:
         out: the folder of the run.
         encoder: the trained encoder.
-        about: its method, architecture, stem, image_size and data: the metadata of the file.
+        about: the metadata of the file: method, architecture, stem, image_size, data, and the mean
+            and std with which the encoder's inputs are normalized.
         bank, test: labeled images, or None. Views above 64 pixels are not evaluated here, since
             that would take longer than many a run; linear_eval.py does it.
         seed: of the evaluation.

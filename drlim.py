@@ -67,7 +67,7 @@ PRESETS = {
 CONSOLE_METRICS = ("flatness", "5-NN", "rank")  # shown besides loss, chance, spread and speed
 MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
 SAVE_MINUTES = 10  # A longer epoch also saves checkpoints midway.
-RUN_FORMAT = 2  # of the files in --out; runs of another format are refused
+RUN_FORMAT = 3  # of the files in --out; runs of another format are refused
 
 
 # --------------------------------------------------------------------------------------
@@ -820,6 +820,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         "architecture": args.arch,
         "stem": args.stem,
         "image_size": args.image_size,
+        "mean": [0.0, 0.0, 0.0],  # The inputs are not normalized.
+        "std": [1.0, 1.0, 1.0],
         "data": args.data,
     }
     if accelerator.is_main_process and not is_paper:

@@ -62,12 +62,6 @@ from torch.optim import lr_scheduler
 import common
 from common import ImageSet, Normalize, RandomResizedCrop
 
-# Mean and standard deviation of the three channels of the inputs.
-STATISTICS = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    "none": (),
-}
 ON_FEATURES = ("linear", "knn")  # the protocols that see each image once
 
 # The names in other repositories' checkpoints of second encoders, which their authors do not
@@ -432,8 +426,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--normalize",
-        choices=STATISTICS,
-        help="statistics of the inputs (default: none, and imagenet for other repositories' files)",
+        choices=common.STATISTICS,
+        help="mean and standard deviation with which the inputs are normalized (default: as in "
+        "training; imagenet for other repositories' files, none for random)",
     )
     add(
         "--arch",
@@ -515,6 +510,22 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 # --------------------------------------------------------------------------------------
 
 
+def input_statistics(
+    choice: str | None, about: dict[str, str], is_foreign: bool
+) -> tuple[list[float], list[float]]:
+    """The mean and standard deviation of each channel with which inputs are normalized.
+
+    Args:
+        choice: --normalize. Without it, they are what the encoder's file says.
+        about: the metadata of the file.
+        is_foreign: whether the encoder is another repository's. The default is ImageNet's then.
+    """
+    if choice is None and "mean" in about:
+        return json.loads(about["mean"]), json.loads(about["std"])
+    mean, std = common.STATISTICS[choice or ("imagenet" if is_foreign else "none")]
+    return list(mean), list(std)
+
+
 def draw_labeled(args: argparse.Namespace, bank: ImageSet, seeds: int) -> list[Tensor]:
     """The labeled training images of each seed, as indices."""
     if args.labels is None:
@@ -584,9 +595,9 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     classes = int(bank.labels.max()) + 1
     size = args.image_size or int(about.get("image_size", bank.side))
     stem = args.stem or ("3x3" if size <= 64 else "7x7")
-    statistics = args.normalize or ("imagenet" if is_foreign else "none")
+    mean, std = input_statistics(args.normalize, about, is_foreign)
     if is_foreign:
-        accelerator.print(f"{args.encoder}: {note}; --normalize {statistics}")
+        accelerator.print(f"{args.encoder}: {note}; --normalize {args.normalize or 'imagenet'}")
     on_features = args.protocol in ON_FEATURES
     seeds = args.seeds or (3 if on_features else 1)
     if args.protocol == "knn" and args.labels is None and not is_random:
@@ -618,10 +629,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             torch.manual_seed(seed)
             encoder = common.build_encoder(args.arch, stem)
         if is_random or seed == 0:
-            normalize = nn.Identity()
-            if statistics != "none":
-                normalize = Normalize(*STATISTICS[statistics])
-            network = nn.Sequential(normalize, encoder)
+            network = nn.Sequential(Normalize(mean, std), encoder)
             network = network.to(device, memory_format=torch.channels_last)
             original = {name: v.clone() for name, v in network.state_dict().items()}
             if on_features:
@@ -682,7 +690,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     }
     result = {
         "how": how,
-        "settings": settings | {"data": data, "image_size": size, "normalize": statistics},
+        "settings": settings | {"data": data, "image_size": size, "mean": mean, "std": std},
         "torch": version("torch"),
         **summary,
         "per-class": per_class,

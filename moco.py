@@ -32,6 +32,8 @@ Differences from the papers and the authors' code:
   both directions; the demo takes their sum.
 - The defaults are for small images and sets: a queue of an eighth of the images (in the papers
   65,536), a hidden layer of 512 (2048), 100 epochs (200), and no blur up to 64 pixels.
+- Inputs are normalized with ImageNet's mean and standard deviation for all data (--normalize). So
+  does the authors' code; their CIFAR demo uses CIFAR's.
 - The running averages of batch norm, which only the evaluation uses, are those of the first
   process.
 
@@ -95,7 +97,7 @@ PEAK_LR = {"sgd": 0.03, "adamw": 0.006}  # at batch size 256; SGD's is the paper
 CONSOLE_METRICS = ("knn",)  # shown besides loss, chance, spread and speed
 MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
 SAVE_MINUTES = 10  # A longer epoch also saves checkpoints midway.
-RUN_FORMAT = 2  # of the files in --out; runs of another format are refused
+RUN_FORMAT = 3  # of the files in --out; runs of another format are refused
 
 
 # --------------------------------------------------------------------------------------
@@ -426,6 +428,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--arch", choices=common.ARCHITECTURES, default="resnet18", help="encoders f_q and f_k")
     add("--stem", choices=("3x3", "7x7"), help="first layer (default: 3x3 up to 64 pixels)")
     add("--init", help="encoder.safetensors with the first weights of f_q and f_k")
+    add(
+        "--normalize",
+        choices=common.STATISTICS,
+        default="imagenet",
+        help="mean and standard deviation with which the inputs are normalized",
+    )
     add("--head-layers", type=int, choices=(1, 2), help="layers of the head (v1: 1, v2: 2)")
     add("--hidden", type=common.positive_int, default=512, help="width of the head's inner layer")
     add("--dim", type=common.positive_int, default=128, help="dimensions of queries and keys")
@@ -619,7 +627,10 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         encoder = common.build_encoder(args.arch, args.stem, norm_layer)
     head_widths = [args.hidden] * (args.head_layers - 1) + [args.dim]
     head = torchvision.ops.MLP(encoder.width, head_widths)
-    network = nn.Sequential(encoder, head).to(device, memory_format=torch.channels_last)
+    mean, std = common.STATISTICS[args.normalize]
+    normalize = common.Normalize(mean, std)
+    network = nn.Sequential(normalize, encoder, head)
+    network = network.to(device, memory_format=torch.channels_last)
     key_network = copy.deepcopy(network).requires_grad_(False)
     queue = new_queue(args.queue_size, args.dim, args.seed, device)
     optimizer = build_optimizer(args.optimizer, network.parameters(), args.lr, args.weight_decay)
@@ -726,7 +737,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
 
         # Evaluate, report and save.
         if bank and ((epoch + 1) % args.eval_every == 0 or step == total_steps):
-            row["knn"] = common.knn_accuracy(encoder, bank, test, args.image_size)
+            features = nn.Sequential(normalize, encoder)
+            row["knn"] = common.knn_accuracy(features, bank, test, args.image_size)
         rows.append(row)
         accelerator.print(common.format_row(row, CONSOLE_METRICS))
         # The loss says little until keys have replaced the random vectors in the queue.
@@ -746,6 +758,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         "architecture": args.arch,
         "stem": args.stem,
         "image_size": args.image_size,
+        "mean": list(mean),
+        "std": list(std),
         "data": args.data,
     }
     common.finish(args.out, encoder, about, bank, test, args.seed, rows[-1])

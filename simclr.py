@@ -28,6 +28,7 @@ Differences from the paper and the authors' code:
 - The defaults are for small batches: batch size 256 (in the paper 4096), the square-root rule for
   the learning rate (linear), temperature 0.2 (0.1), color strength 0.5 (1), a head of width 512
   (2048).
+- Inputs are images in 0..1, without normalization, as in the authors' code.
 - SGD and AdamW are offered besides LARS. Unlike LARS they also decay batch norm and biases.
 - On CPUs each process has its own batch norm statistics, because PyTorch synchronizes them only on
   GPUs.
@@ -76,7 +77,7 @@ PEAK_LR = {"lars": 4.8, "sgd": 0.48, "adamw": 0.016}
 CONSOLE_METRICS = ("knn",)  # shown besides loss, chance, spread and speed
 MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
 SAVE_MINUTES = 10  # A longer epoch also saves checkpoints midway.
-RUN_FORMAT = 2  # of the files in --out; runs of another format are refused
+RUN_FORMAT = 3  # of the files in --out; runs of another format are refused
 
 
 # --------------------------------------------------------------------------------------
@@ -673,6 +674,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         "architecture": args.arch,
         "stem": args.stem,
         "image_size": args.image_size,
+        "mean": [0.0, 0.0, 0.0],  # The inputs are not normalized.
+        "std": [1.0, 1.0, 1.0],
         "data": args.data,
     }
     common.finish(args.out, encoder, about, bank, test, args.seed, rows[-1])

@@ -30,6 +30,8 @@ Differences from the paper and the authors' code:
 - --max-positives leaves the denominator as it is; the authors' TensorFlow code takes the other
   positives out of it.
 - The optimizer is SGD or AdamW; for ImageNet the paper used LARS.
+- Inputs are normalized, as in the authors' PyTorch code, but with ImageNet's mean and standard
+  deviation for all data (--normalize).
 - The augmentation is SimCLR's. Cross-entropy is trained on the same two views.
 - The defaults are for small batches: batch size 256, 100 epochs and a head of width 512.
 - --label-noise changes the labels for training only. The evaluation uses the true ones.
@@ -77,7 +79,7 @@ PEAK_LR = {"sgd": 0.125, "adamw": 0.004}  # at batch size 256
 CONSOLE_METRICS = {"out": ("knn",), "in": ("knn",), "ce": ("knn", "classifier")}
 MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
 SAVE_MINUTES = 10  # A longer epoch also saves checkpoints midway.
-RUN_FORMAT = 2  # of the files in --out; runs of another format are refused
+RUN_FORMAT = 3  # of the files in --out; runs of another format are refused
 
 
 # --------------------------------------------------------------------------------------
@@ -393,6 +395,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--arch", choices=common.ARCHITECTURES, default="resnet18", help="encoder f")
     add("--stem", choices=("3x3", "7x7"), help="first layer (default: 3x3 up to 64 pixels)")
     add("--init", help="encoder.safetensors whose weights f starts from")
+    add(
+        "--normalize",
+        choices=common.STATISTICS,
+        default="imagenet",
+        help="mean and standard deviation with which the inputs are normalized",
+    )
     add("--head-layers", type=int, choices=(1, 2, 3), default=2, help="layers of the head")
     add("--hidden", type=common.positive_int, default=512, help="width of the head's inner layers")
     add("--dim", type=common.positive_int, default=128, help="dimensions of z")
@@ -559,7 +567,10 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     head = torchvision.ops.MLP(encoder.width, head_widths)
     if args.loss == "ce":
         head = nn.Linear(encoder.width, classes)
-    network = nn.Sequential(encoder, head).to(device, memory_format=torch.channels_last)
+    mean, std = common.STATISTICS[args.normalize]
+    normalize = common.Normalize(mean, std)
+    network = nn.Sequential(normalize, encoder, head)
+    network = network.to(device, memory_format=torch.channels_last)
     if processes > 1 and device.type == "cuda":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     optimizer = build_optimizer(args.optimizer, network.parameters(), args.lr, args.weight_decay)
@@ -665,7 +676,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
 
         # Evaluate, report and save.
         if (epoch + 1) % args.eval_every == 0 or step == total_steps:
-            row["knn"] = common.knn_accuracy(encoder, images, test, args.image_size)
+            features = nn.Sequential(normalize, encoder)
+            row["knn"] = common.knn_accuracy(features, images, test, args.image_size)
             if args.loss == "ce":
                 row["classifier"] = classifier_accuracy(network, test, args.image_size)
         rows.append(row)
@@ -688,6 +700,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         "architecture": args.arch,
         "stem": args.stem,
         "image_size": args.image_size,
+        "mean": list(mean),
+        "std": list(std),
         "data": args.data,
     }
     common.finish(args.out, encoder, about, images, test, args.seed, rows[-1])

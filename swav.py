@@ -29,6 +29,8 @@ Differences from the paper and the authors' code:
 - How long the prototypes stay frozen is set in epochs, not in steps.
 - The defaults are for small images and sets: 512 prototypes (in the paper 3,000), a hidden layer of
   512 (2048), small crops of 9/16 of the large ones' side (3/7), and no blur up to 64 pixels.
+- Inputs are normalized with ImageNet's mean and standard deviation (--normalize). In the authors'
+  code the deviation of red is 0.228, not the usual 0.229.
 - The default peak of the learning rate grows with the batch size to the power 3/4, which gives the
   authors' 0.6 at 256 and 4.8 at 4096.
 - On CPUs each process has its own batch norm statistics, because PyTorch synchronizes them only on
@@ -79,7 +81,7 @@ PEAK_LR = {"larc": 0.6, "sgd": 0.05, "adamw": 0.004}  # at batch size 256
 CONSOLE_METRICS = ("prototypes", "knn")  # shown besides loss, chance, spread and speed
 MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
 SAVE_MINUTES = 10  # A longer epoch also saves checkpoints midway.
-RUN_FORMAT = 2  # of the files in --out; runs of another format are refused
+RUN_FORMAT = 3  # of the files in --out; runs of another format are refused
 
 
 # --------------------------------------------------------------------------------------
@@ -128,13 +130,15 @@ class SwAV(nn.Module):
     """Encoder f, projection head and prototypes C.
 
     Args:
+        normalize: maps images in 0..1 to the inputs of the encoder, of the same shape.
         encoder: maps [B, 3, H, W] to [B, encoder.width].
         widths: outputs of the head's layers (linear, batch norm, ReLU, ..., linear); the last is D.
         K: number of prototypes.
     """
 
-    def __init__(self, encoder: nn.Module, widths: list[int], K: int) -> None:
+    def __init__(self, normalize: nn.Module, encoder: nn.Module, widths: list[int], K: int) -> None:
         super().__init__()
+        self.normalize = normalize
         self.encoder = encoder
         self.prototypes = nn.Linear(widths[-1], K, bias=False)  # the weight is C, [K, D]
         self.head = torchvision.ops.MLP(encoder.width, widths, norm_layer=nn.BatchNorm1d)
@@ -143,12 +147,13 @@ class SwAV(nn.Module):
         """Embed crops of several sizes.
 
         Args:
-            crops: [n, 3, S, S] for each size. The encoder takes one size at a time, the head all.
+            crops: [n, 3, S, S] in 0..1 for each size. The encoder takes one size at a time, and the
+                head takes all.
 
         Returns:
             z [N, D] of unit length and the scores z C^T [N, K], float32, of all N crops.
         """
-        z = self.head(torch.cat([self.encoder(x) for x in crops]))
+        z = self.head(torch.cat([self.encoder(self.normalize(x)) for x in crops]))
         with torch.autocast(z.device.type, enabled=False):
             z = F.normalize(z.float(), dim=1)
             return z, self.prototypes(z)
@@ -416,7 +421,8 @@ def save_prototypes(
     """Save, for each of the ten most used prototypes, the eight nearest of 5,000 images."""
     sample = torch.randperm(len(images), generator=common.generator(seed))[:5000]
     images = images.take(sample)
-    z = common.extract_features(nn.Sequential(network.encoder, network.head), images, size)
+    layers = nn.Sequential(network.normalize, network.encoder, network.head)
+    z = common.extract_features(layers, images, size)
     C = network.prototypes.weight.detach()
     scores = F.normalize(z, dim=1) @ F.normalize(C, dim=1).T  # [5000, K]
     uses = scores.argmax(1).bincount(minlength=len(C))
@@ -446,6 +452,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--arch", choices=common.ARCHITECTURES, default="resnet18", help="encoder f")
     add("--stem", choices=("3x3", "7x7"), help="first layer (default: 3x3 up to 64 pixels)")
     add("--init", help="encoder.safetensors whose weights f starts from")
+    add(
+        "--normalize",
+        choices=common.STATISTICS,
+        default="imagenet",
+        help="mean and standard deviation with which the inputs are normalized",
+    )
     add("--head-layers", type=int, choices=(1, 2, 3), default=2, help="layers of the head")
     add("--hidden", type=common.positive_int, default=512, help="width of the head's inner layers")
     add("--dim", type=common.positive_int, default=128, help="dimensions of z")
@@ -642,7 +654,9 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     else:
         encoder = common.build_encoder(args.arch, args.stem)
     head_widths = [args.hidden] * (args.head_layers - 1) + [args.dim]
-    network = SwAV(encoder, head_widths, args.prototypes)
+    mean, std = common.STATISTICS[args.normalize]
+    normalize = common.Normalize(mean, std)
+    network = SwAV(normalize, encoder, head_widths, args.prototypes)
     network = network.to(device, memory_format=torch.channels_last)
     if processes > 1 and device.type == "cuda":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -764,7 +778,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
 
         # Evaluate, report and save.
         if bank and ((epoch + 1) % args.eval_every == 0 or step == total_steps):
-            row["knn"] = common.knn_accuracy(encoder, bank, test, size)
+            features = nn.Sequential(normalize, encoder)
+            row["knn"] = common.knn_accuracy(features, bank, test, size)
         rows.append(row)
         accelerator.print(common.format_row(row, CONSOLE_METRICS))
         uses.zero_()
@@ -782,6 +797,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         "architecture": args.arch,
         "stem": args.stem,
         "image_size": size,
+        "mean": list(mean),
+        "std": list(std),
         "data": args.data,
     }
     save_prototypes(args.out / "prototypes.png", network, images, size, args.seed)

@@ -298,10 +298,12 @@ def test_comparison_tells_good_features_from_bad_and_counts_labels():
 
     class Good(nn.Module):
         def forward(self, x):
-            return F.one_hot((x[:, 0, 0, 0] * 2.55).round().long(), 3).float() + 0.1
+            x = x[:, 0, 0, 0] * 0.5 + 0.25  # in 0..1 again
+            return F.one_hot((x * 2.55).round().long(), 3).float() + 0.1
 
     data = ImagesInMemory(pixels, y)
     about = {"method": "good", "architecture": "small", "stem": "3x3", "image_size": 8}
+    about |= {"mean": [0.25] * 3, "std": [0.5] * 3}
     rows = common.compare_features(Good(), about, data, data, seed=0)
     assert [row["features"] for row in rows] == ["good", "random", "raw pixels"]
     for name in ("kNN", "linear", "linear (10 a class)"):

@@ -26,7 +26,6 @@ import common
 from linear_eval import (
     FINETUNE,
     RECIPES,
-    STATISTICS,
     main,
     match_checkpoint,
     open_encoder,
@@ -713,9 +712,29 @@ def test_foreign_encoders_are_evaluated_with_imagenets_statistics(tmp_path, fold
         np.testing.assert_allclose(a["test"], expected, atol=1e-3, rtol=1e-3)
         np.testing.assert_allclose(b["test"], net(x).numpy(), atol=1e-3, rtol=1e-3)
     result = json.loads((tmp_path / "eval.json").read_text())
-    assert [r["settings"]["normalize"] for r in result] == ["imagenet", "none", "cifar10"]
-    mean, std = STATISTICS["cifar10"]
-    assert mean == (0.4914, 0.4822, 0.4465) and std == (0.2023, 0.1994, 0.2010)
+    assert [r["settings"]["mean"][0] for r in result] == [0.485, 0, 0.4914]
+    assert [r["settings"]["std"][2] for r in result] == [0.225, 1, 0.2010]
+
+
+def test_inputs_are_normalized_as_the_file_of_the_encoder_says(tmp_path, folder):
+    path = tmp_path / "encoder.safetensors"
+    torch.manual_seed(0)
+    encoder = common.build_encoder("small")
+    about = {"architecture": "small", "stem": "3x3", "image_size": 12, "data": folder}
+    mean, std = [0.25, 0.5, 0.125], [0.5, 0.25, 2.0]
+    test = common.load_splits(str(folder), "nowhere", None, torch.device("cpu"), 1)[2]
+    x = test.centers(torch.arange(len(test)), 12)
+    normal = (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    for i, (more, inputs) in enumerate([({}, x), ({"mean": mean, "std": std}, normal)]):
+        common.save_encoder(path, encoder, **about, **more)
+        file = tmp_path / f"{i}.npz"
+        evaluate(path, "--protocol knn --knn-k 5 --features", file)
+        with np.load(file) as features, torch.no_grad():
+            expected = encoder.eval()(inputs).numpy()
+            np.testing.assert_allclose(features["test"], expected, atol=1e-5, rtol=1e-4)
+    evaluate(path, "--protocol knn --knn-k 5 --normalize none --features", tmp_path / "none.npz")
+    with np.load(tmp_path / "none.npz") as none, np.load(tmp_path / "0.npz") as first:
+        np.testing.assert_allclose(none["test"], first["test"], atol=1e-6)
 
 
 class RunsCode:

@@ -105,7 +105,7 @@ def test_keys_start_as_the_queries_and_follow_by_momentum(few, tmp_path):
     start = common.build_encoder("small", "3x3").state_dict()
     for name, value in start.items():  # the first update moved them nowhere
         if name.endswith(("weight", "bias")):
-            torch.testing.assert_close(first["key_model"][f"0.{name}"], value)
+            torch.testing.assert_close(first["key_model"][f"1.{name}"], value)
     second = checkpoint(
         run(
             "moco",
@@ -125,11 +125,11 @@ def test_keys_start_as_the_queries_and_follow_by_momentum(few, tmp_path):
         )
     )
     names = [name for name in first["model"] if name.endswith(("weight", "bias"))]
-    assert any(name.startswith("1.") for name in names)  # the head, too
+    assert any(name.startswith("2.") for name in names)  # the head, too
     for name in names:
         expected = 0.75 * first["key_model"][name] + 0.25 * first["model"][name]
         torch.testing.assert_close(second["key_model"][name], expected)
-    assert not torch.equal(first["key_model"]["1.0.weight"], second["key_model"]["1.0.weight"])
+    assert not torch.equal(first["key_model"]["2.0.weight"], second["key_model"]["2.0.weight"])
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -262,7 +262,7 @@ def test_every_batch_norm_is_split_and_averages_over_a_steps_groups(few, tmp_pat
         counts = [v for name, v in state[part].items() if name.endswith("num_batches_tracked")]
         assert [int(v) for v in counts] == [1] * 5
     plain = checkpoint(run("moco", few, tmp_path / "plain", "--batch-size", 8, "--max-steps", 1))
-    mean, split = (s["model"]["0.0.1.running_mean"] for s in (plain, state))
+    mean, split = (s["model"]["1.0.1.running_mean"] for s in (plain, state))
     torch.testing.assert_close(split, mean)  # the mean over the groups is that over the batch
 
 
@@ -384,7 +384,7 @@ def test_augmentation_keeps_the_given_order():
 @pytest.mark.parametrize(("version", "shapes"), [("v1", [(8, 256)]), ("v2", [(16, 256), (8, 16)])])
 def test_the_head_is_each_papers(few, tmp_path, version, shapes):
     state = checkpoint(run("moco", few, tmp_path / "run", "--version", version, "--max-steps", 1))
-    head = {name: v for name, v in state["model"].items() if name.startswith("1.")}
+    head = {name: v for name, v in state["model"].items() if name.startswith("2.")}
     assert [tuple(v.shape) for name, v in head.items() if name.endswith("weight")] == shapes
     assert len(head) == 2 * len(shapes)  # weights and biases, no BN
 

@@ -100,11 +100,14 @@ def test_the_encoder_file_says_what_it_is(method, plain, few):
         pytest.skip("the paper's network is not exported")
     _, about = common.load_encoder(plain / "encoder.safetensors")
     name = "supcon-out" if method == "supcon" else method
+    normalizes = method in ("moco", "swav", "supcon")
     assert about == {
         "method": name,
         "architecture": "small",
         "stem": "3x3",
         "image_size": "12",
+        "mean": "[0.485, 0.456, 0.406]" if normalizes else "[0.0, 0.0, 0.0]",
+        "std": "[0.229, 0.224, 0.225]" if normalizes else "[1.0, 1.0, 1.0]",
         "data": str(few),
     }
     results = json.loads((plain / "results.json").read_text())
@@ -115,9 +118,35 @@ def test_the_last_rows_knn_is_that_of_the_saved_encoder(method, plain, few):
     if method == "drlim":
         pytest.skip("it has a measure of its own")
     _, bank, test = common.load_splits(str(few), "nowhere", None, torch.device("cpu"), 1)
-    encoder, _ = common.load_encoder(plain / "encoder.safetensors")
-    knn = common.knn_accuracy(encoder, bank, test, 12)
+    encoder, about = common.load_encoder(plain / "encoder.safetensors")
+    normalize = common.Normalize(json.loads(about["mean"]), json.loads(about["std"]))
+    knn = common.knn_accuracy(torch.nn.Sequential(normalize, encoder), bank, test, 12)
     assert metrics(plain)[-1]["knn"] == pytest.approx(knn)
+
+
+def test_the_encoder_is_shown_views_normalized_as_the_file_says(method, few, tmp_path, monkeypatch):
+    if method == "drlim":
+        pytest.skip("it has no views")
+    inputs, views, build, batches = [], [], common.build_encoder, common.batches
+
+    def noting_build(*arguments):
+        encoder = build(*arguments)
+        encoder.register_forward_pre_hook(lambda _, x: inputs.append(x[0].clone()))
+        return encoder
+
+    def noting_batches(*arguments, **more):
+        for index, batch in batches(*arguments, **more):
+            views.append(batch[0].clone())
+            yield index, batch
+
+    monkeypatch.setattr(common, "build_encoder", noting_build)
+    monkeypatch.setattr(common, "batches", noting_batches)
+    out = run(method, few, tmp_path / "run", "--max-steps", 1)
+    _, about = common.load_encoder(out / "encoder.safetensors")
+    normalize = common.Normalize(json.loads(about["mean"]), json.loads(about["std"]))
+    expected = normalize(views[0][0] if method == "moco" else views[0].flatten(0, 1))
+    same = [x for x in inputs if x.shape == expected.shape and torch.allclose(x, expected)]
+    assert len(same) == 1
 
 
 def test_views_png_shows_a_batch_and_its_views(method, plain):

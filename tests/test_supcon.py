@@ -251,7 +251,7 @@ def test_a_folder_that_gained_a_class_is_refused(tmp_path, capsys):
 def test_the_classifier_has_an_output_for_classes_that_limit_left_out(few, tmp_path):
     out = run(few, tmp_path / "run", "--limit", 6, "--loss", "ce", "--max-steps", 1)
     state = checkpoint(out)["model"]
-    assert state["1.weight"].shape[0] == 3 and metrics(out)[0]["chance"] == math.log(3)
+    assert state["2.weight"].shape[0] == 3 and metrics(out)[0]["chance"] == math.log(3)
 
 
 def test_many_anchors_without_another_of_their_class_are_warned_of(few, tmp_path, capsys):
@@ -289,8 +289,9 @@ def test_the_baseline_reports_its_own_classifier(few, tmp_path, capsys):
     state = checkpoint(out)["model"]
     encoder = common.load_encoder(out / "encoder.safetensors")[0]
     test = common.load_splits(str(few), "", None, torch.device("cpu"), 1)[2]
-    h = common.extract_features(encoder, test, 12)
-    scores = h @ state["1.weight"].T + state["1.bias"]
+    normalize = common.Normalize(*common.STATISTICS["imagenet"])
+    h = common.extract_features(torch.nn.Sequential(normalize, encoder), test, 12)
+    scores = h @ state["2.weight"].T + state["2.bias"]
     assert common.accuracy(scores, test.labels) == pytest.approx(rows[-1]["classifier"])
     assert json.loads((out / "results.json").read_text())[0]["features"] == "supcon-ce"
     assert (

@@ -33,6 +33,11 @@ S2 = torch.tensor(
 )
 
 
+def normalize():
+    """The default normalization of inputs."""
+    return common.Normalize(*common.STATISTICS["imagenet"])
+
+
 def run(data, out, *more):
     """A tiny run with four prototypes that learn from the start, and without a queue."""
     return run_tiny("swav", data, out, "--queue-size 0 --freeze-prototypes 0", *more)
@@ -252,7 +257,7 @@ def test_one_forward_a_resolution_and_one_of_the_head_over_all():
             shapes.append(tuple(x.shape))
             return x.mean((2, 3))
 
-    net = SwAV(Counting(), [5, 4], 7)
+    net = SwAV(nn.Identity(), Counting(), [5, 4], 7)
     heads = []
     net.head.register_forward_hook(lambda _, x, z: heads.append(z))
     z, scores = net(torch.rand(4, 3, 8, 8), torch.rand(6, 3, 5, 5))
@@ -267,7 +272,7 @@ def test_one_forward_a_resolution_and_one_of_the_head_over_all():
 def test_scores_are_float32_under_autocast():
     encoder = nn.Flatten()
     encoder.width = 12
-    net = SwAV(encoder, [4], 7)
+    net = SwAV(nn.Identity(), encoder, [4], 7)
     with torch.autocast("cpu", torch.bfloat16):
         z, scores = net(torch.rand(5, 3, 2, 2))
     assert z.dtype == scores.dtype == torch.float32
@@ -347,7 +352,7 @@ def test_a_queue_smaller_than_the_batch_holds_its_last(few, tmp_path, seen):
 
 def test_prototypes_have_length_one_and_freeze_for_the_first_epochs(few, tmp_path):
     torch.manual_seed(0)
-    fresh = SwAV(common.build_encoder("small", "3x3"), [16, 8], 4)
+    fresh = SwAV(normalize(), common.build_encoder("small", "3x3"), [16, 8], 4)
     start = F.normalize(fresh.prototypes.weight.detach(), dim=1)
     for optimizer in ("larc", "adamw", "sgd"):
         frozen = run(
@@ -414,7 +419,10 @@ def test_prototypes_png_shows_the_images_nearest_to_some(few, tmp_path, monkeypa
     images, columns = shown["prototypes.png"]
     assert columns == 8 and len(images) == 32  # 8 for each of the 4 prototypes
     data, _, _ = common.load_splits(str(few), "", None, torch.device("cpu"), 1)
-    state, net = checkpoint(out)["model"], SwAV(common.build_encoder("small", "3x3"), [16, 8], 4)
+    state, net = (
+        checkpoint(out)["model"],
+        SwAV(normalize(), common.build_encoder("small", "3x3"), [16, 8], 4),
+    )
     net.load_state_dict(state)
     with torch.no_grad():
         pictures = data.centers(torch.arange(27), 12)
