@@ -1,0 +1,49 @@
+"""Code of the README, run as it stands there."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import metrics, run
+
+ROOT = Path(__file__).resolve().parent.parent
+# What a reader of the README would write around its code: the imports, and an evaluation by kNN.
+IMPORTS = """
+import json, sys
+import safetensors.torch, timm, torch, torchvision
+from torch import nn
+from torchvision.transforms import v2
+import common
+folder, file = sys.argv[1:]
+"""
+SCORE = """
+def features(network, split):
+    images = torchvision.datasets.ImageFolder(f"{folder}/{split}", transform)
+    x = torch.stack([image for image, _ in images])
+    with torch.no_grad():
+        return network.eval()(x), torch.tensor(images.targets)
+
+resnet.fc = nn.Identity()
+for network in (resnet, model):
+    (h, y), (h_test, y_test) = features(network, "train"), features(network, "test")
+    votes = common.knn_predict(h, y, h_test, 20, 0.07)
+    print(common.accuracy(votes, y_test))
+"""
+
+
+@pytest.mark.parametrize("stem", ["7x7", "3x3"])
+@pytest.mark.parametrize("method", ["simclr", "moco"])
+def test_an_exported_encoder_scores_alike_in_torchvision_and_timm(method, stem, folder, tmp_path):
+    more = "--arch resnet18 --image-size 24 --max-steps 3 --lr 0.01 --stem"
+    out = run(method, folder, tmp_path / "run", more, stem)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    code = "\n".join(block for block in blocks if "(file" in block)
+    if stem == "7x7":
+        code = re.sub(r".*# 3x3 stem only\n", "", code)
+    argv = [sys.executable, "-c", IMPORTS + code + SCORE, folder, out / "encoder.safetensors"]
+    child = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    expected = metrics(out)[-1]["knn"]
+    assert [float(line) for line in child.stdout.split()] == pytest.approx([expected] * 2)
