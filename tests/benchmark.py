@@ -7,23 +7,25 @@
    resolution. They take turns within one run of main(): the machine's drift cancels.
 2. Views a second of the augmentation alone against torchvision's v2 transforms image by image, in
    as many worker processes as there are cores.
-3. With --photographs FOLDER (train/ and val/ with class folders): the share of time for which a
-   ResNet-18 step waits for files that are read anew each epoch, views of 128 and 224 pixels, and
-   how many images a second the readers make alone.
-4. Gray levels between views of the same parameters from memory and from files read anew.
+3. Gray levels between views of the same parameters from memory and from files read anew.
+4. With --photographs FOLDER (train/ and val/ with class folders): images a second of files, as
+   views with all operations, against torchvision's ImageFolder with its transforms image by image
+   and as many workers; then the share of time for which a ResNet-18 step waits for files, views of
+   128 and 224 pixels, and how many images a second the readers make alone.
 5. With --negatives: seconds a step and peak memory of moco.py by the size of its queue, and of
    simclr.py by its batch, each in a process of its own.
 6. With --chunks: seconds a step and peak memory of simclr.py by its batch, at once and with
    --chunk-size 256, each in a process of its own.
 7. With --probe: seconds of a linear probe of 10,000 and of 50,000 images, with the choice of its
    weight decay.
+8. With --against lightly, where lightly is installed: images a second of simclr.py against SimCLR
+   of lightly's parts; in bfloat16 with ACCELERATE_MIXED_PRECISION=bf16.
 """
 
 import argparse
 import contextlib
 import copy
 import io
-import itertools
 import json
 import os
 import statistics
@@ -39,7 +41,7 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -57,6 +59,7 @@ WORK = {
     moco: ([(1, 32)], True, partial(SGD, momentum=0.9, weight_decay=1e-4)),
     swav: ([(2, 32), (6, 18)], False, partial(swav.LARC, momentum=0.9, weight_decay=1e-6)),
 }
+IS_BF16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
 BLOCK, WARM_UP = 4, 4  # steps of a turn; turns, after which SwAV's queue of 3,840 is full
 
 
@@ -86,24 +89,39 @@ def encoder_alone(script, inputs: list[torch.Tensor], *head: torch.nn.Module) ->
 
     def step() -> None:
         optimizer.zero_grad()
-        torch.cat([model(x) for x in inputs]).square().mean().backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=IS_BF16):
+            loss = torch.cat([model(x) for x in inputs]).square().mean()
+        loss.backward()
         optimizer.step()
         if with_keys:
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=IS_BF16):
                 keys(inputs[0])
 
     return step
 
 
-def end_to_end(script, argv: list[str], batch: int, turns: int) -> None:
-    """Run script.main with pauses in which its encoder works alone."""
-    views, *_ = WORK[script]
-    shapes = [(count * batch, 3, side, side) for count, side in views]
-    inputs = [torch.rand(s).contiguous(memory_format=torch.channels_last) for s in shapes]
-    alone = {"its encoder alone": encoder_alone(script, inputs)}
-    if script is moco:
-        head = torchvision.ops.MLP(512, [512, 128])
-        alone["with the head"] = encoder_alone(script, inputs, head)
+def block_of(step: Callable[[], None]) -> Callable[[], float]:
+    """A function that makes BLOCK steps and returns their seconds."""
+
+    def run() -> float:
+        began = time.perf_counter()
+        for _ in range(BLOCK):
+            step()
+        return time.perf_counter() - began
+
+    return run
+
+
+def take_turns(script, argv: list[str], others: dict[str, Callable], batch: int, turns: int):
+    """Run script.main with pauses in which others make a block of steps; print the ratios.
+
+    Args:
+        script: one of the scripts.
+        argv: its flags.
+        others: functions that make BLOCK steps and return their seconds, by what they are.
+        batch: images of a step.
+        turns: how many of them count; WARM_UP turns are made before.
+    """
     batches, times = common.batches, []
 
     def taking_turns(*args, **kwargs):
@@ -111,12 +129,8 @@ def end_to_end(script, argv: list[str], batch: int, turns: int) -> None:
         while True:
             for _ in range(BLOCK):
                 yield next(steps)
-            moments = [began, time.perf_counter()]  # done with the block, the loop asks for more
-            for step in alone.values():
-                for _ in range(BLOCK):
-                    step()
-                moments.append(time.perf_counter())
-            times.append([b - a for a, b in itertools.pairwise(moments)])
+            own_seconds = time.perf_counter() - began  # done with the block, the loop asks for more
+            times.append([own_seconds, *(other() for other in others.values())])
             if len(times) == turns + WARM_UP:
                 return
             began = time.perf_counter()
@@ -125,14 +139,72 @@ def end_to_end(script, argv: list[str], batch: int, turns: int) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         script.main(argv)
     common.batches = batches
-    ours, *others = zip(*times[WARM_UP:], strict=True)
-    print(f"{script.__name__}: {BLOCK * batch / statistics.median(ours):.0f} images/s end to end")
-    for name, other in zip(alone, others, strict=True):
-        ratio = statistics.median(b / a for a, b in zip(ours, other, strict=True))
+    own, *theirs = zip(*times[WARM_UP:], strict=True)
+    print(f"{script.__name__}: {BLOCK * batch / statistics.median(own):.0f} images/s end to end")
+    for name, seconds in zip(others, theirs, strict=True):
+        ratio = statistics.median(b / a for a, b in zip(own, seconds, strict=True))
         print(
-            f"  {BLOCK * batch / statistics.median(other):.0f} {name}: {ratio:.3f} "
-            f"(median of {turns} turns)"
+            f"  {BLOCK * batch / statistics.median(seconds):.0f} {name}: {ratio:.3f} "
+            f"(median of {turns} turns)",
+            flush=True,
         )
+
+
+def end_to_end(script, argv: list[str], batch: int, turns: int) -> None:
+    """Compare a script's loop with its encoder alone."""
+    views, *_ = WORK[script]
+    shapes = [(count * batch, 3, side, side) for count, side in views]
+    inputs = [torch.rand(s).contiguous(memory_format=torch.channels_last) for s in shapes]
+    alone = {"its encoder alone": block_of(encoder_alone(script, inputs))}
+    if script is moco:
+        head = torchvision.ops.MLP(512, [512, 128])
+        alone["with the head"] = block_of(encoder_alone(script, inputs, head))
+    take_turns(script, argv, alone, batch, turns)
+
+
+def lightly_block(folder: str, batch: int) -> Callable[[], float]:
+    """SimCLR of lightly's parts, put together as its example does, on the images of a folder."""
+    from lightly.loss import NTXentLoss
+    from lightly.models.modules import SimCLRProjectionHead
+    from lightly.transforms.simclr_transform import SimCLRTransform
+
+    transform = SimCLRTransform(input_size=32, gaussian_blur=0.0)
+    images = torchvision.datasets.ImageFolder(f"{folder}/train", transform)
+    backbone = torchvision.models.resnet18()
+    backbone.fc = torch.nn.Identity()
+    model = torch.nn.Sequential(backbone, SimCLRProjectionHead(512, 512, 128))
+    criterion = NTXentLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.06)
+
+    def run() -> float:
+        # The readers begin and end with a turn, so that they do not work in the other's time. Of a
+        # block alone, reading ahead and their start would be too large a part.
+        blocks = 4
+        sample = torch.randperm(len(images))[: blocks * BLOCK * batch].tolist()
+        began = time.perf_counter()
+        loader = DataLoader(Subset(images, sample), batch, num_workers=os.cpu_count())
+        for (x0, x1), _ in loader:
+            with torch.autocast("cpu", torch.bfloat16, enabled=IS_BF16):
+                z0, z1 = model(x0), model(x1)
+                loss = criterion(z0, z1)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return (time.perf_counter() - began) / blocks
+
+    return run
+
+
+def against_lightly(folder: str, turns: int) -> None:
+    """simclr.py and lightly's SimCLR: the same images, encoder, batch and workers, in turns."""
+    argv = ["--data", f"{folder}/images", "--out", f"{folder}/simclr", "--stem", "7x7"]
+    argv += ["--batch-size", "256", "--epochs", "1", "--optimizer", "sgd", "--color-strength", "1"]
+    ready = torch.rand(512, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    others = {
+        "lightly": lightly_block(f"{folder}/images", 256),
+        "the bare encoder": block_of(encoder_alone(simclr, [ready])),
+    }
+    take_turns(simclr, argv, others, 256, turns)
 
 
 class PerImage(Dataset):
@@ -199,6 +271,67 @@ def waiting(photographs: str, folder: str) -> None:
             if step == 14:  # warm-up
                 began = time.perf_counter()
         print(f"readers alone: {45 * 64 / (time.perf_counter() - began):.0f} images/s")
+
+
+def per_image(side: int, scale: tuple[float, float]) -> v2.Compose:
+    """SimCLR's augmentation with torchvision's transforms, for one image of PIL."""
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(side, scale, antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], 0.8),
+            v2.RandomGrayscale(0.2),
+            v2.RandomApply([v2.GaussianBlur(side // 10 | 1, (0.1, 2.0))], 0.5),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+        ]
+    )
+
+
+class SeveralViews:
+    """A transform for ImageFolder: all views of an image."""
+
+    def __init__(self, views: list[tuple[int, int, tuple[float, float]]]) -> None:
+        self.transforms = [(count, per_image(side, scale)) for count, side, scale in views]
+
+    def __call__(self, image: Image.Image) -> list[torch.Tensor]:
+        return [transform(image) for count, transform in self.transforms for _ in range(count)]
+
+
+def streaming(photographs: str, turns: int) -> None:
+    """Views of files by our readers, and by torchvision's ImageFolder, with as many workers."""
+    workers, batch, block = os.cpu_count(), 64, 8
+    images = common.load_splits(photographs, "", None, torch.device("cpu"), workers, True)[0]
+    names = ["crop", "color", "gray", "blur"]
+    for what, views in (
+        ("2 views of 128 px", [(2, 128, (0.08, 1.0))]),
+        ("2 views of 224 px", [(2, 224, (0.08, 1.0))]),
+        ("SwAV's 2 of 224 and 6 of 96 px", [(2, 224, (0.14, 1.0)), (6, 96, (0.05, 0.14))]),
+    ):
+        recipes = [(n, swav.augmentation(names, side, scale, 1.0)) for n, side, scale in views]
+        folder = torchvision.datasets.ImageFolder(f"{photographs}/train", SeveralViews(views))
+        sample = range(0, len(folder), len(folder) // (batch * (block + 4)))  # of all classes
+        folder = Subset(folder, sample[: batch * (block + 4)])
+        times = []
+        for turn in range(turns):
+            seconds = []
+            steps = common.batches(images, recipes, batch, turn, 0, block + 4)
+            loader = DataLoader(folder, batch, shuffle=True, num_workers=workers)
+            for source in (steps, iter(loader)):
+                for _ in range(4):  # until the workers are ready
+                    next(source)
+                began = time.perf_counter()
+                for _ in source:
+                    pass
+                seconds.append(time.perf_counter() - began)
+            times.append(seconds)
+        ours, theirs = (block * batch / statistics.median(t) for t in zip(*times, strict=True))
+        ratio = statistics.median(b / a for a, b in times)
+        print(
+            f"files, {what}: {ours:.0f} images/s, ImageFolder with transforms of each image "
+            f"{theirs:.0f}: {ratio:.2f} times (median of {turns} turns, {workers} workers)",
+            flush=True,
+        )
 
 
 def negatives(folder: str) -> None:
@@ -293,6 +426,7 @@ if __name__ == "__main__":
     parser.add_argument("--photographs", help="class folders of photographs")
     parser.add_argument("--negatives", action="store_true", help="moco.py's memory by its queue")
     parser.add_argument("--chunks", action="store_true", help="simclr.py's memory by its batch")
+    parser.add_argument("--against", choices=["lightly"], help="simclr.py and another library's")
     parser.add_argument("--probe", action="store_true", help="seconds of a linear probe")
     args = parser.parse_args()
     turns = args.turns
@@ -309,6 +443,13 @@ if __name__ == "__main__":
         if args.chunks:
             chunks(folder)
             sys.exit()
+        if args.against:
+            against_lightly(folder, turns)
+            sys.exit()
+        if args.photographs:
+            streaming(args.photographs, turns)
+            waiting(args.photographs, folder)
+            sys.exit()
         for script in [s for s in WORK if args.only in (None, s.__name__)]:
             argv = ["--data", f"{folder}/images", "--out", f"{folder}/{script.__name__}"]
             argv += ["--stem", "7x7", "--batch-size", "256", "--epochs", "1"]
@@ -317,6 +458,4 @@ if __name__ == "__main__":
         if args.only:
             sys.exit()
         rounding(f"{folder}/images")
-        if args.photographs:
-            waiting(args.photographs, folder)
     augmentation(turns)
