@@ -230,6 +230,7 @@ def test_flags_that_the_readme_names_exist():
     launchers |= {"--cpu", "--dynamo_backend", "--num_machines", "--shm-size", "--dist"}
     launchers |= {"--machine_rank", "--main_process_ip", "--main_process_port"}
     benchmark = {"--photographs", "--negatives", "--chunks", "--probe", "--only", "--turns"}
+    benchmark |= {"--against"}
     known = launchers | benchmark
     for module in MODULES:
         for action in actions(module):
