@@ -907,7 +907,8 @@ def load_splits(
     device: torch.device,
     workers: int | None = None,
     stream: bool = False,
-) -> tuple[ImageSet, ImageSet | None, ImageSet | None]:
+    holdout: int | None = None,
+) -> tuple[ImageSet, ImageSet | None, ImageSet | None, ImageSet | None]:
     """Load the images of --data.
 
     Args:
@@ -920,43 +921,51 @@ def load_splits(
         workers: processes (or threads) that read files; by default one per core, at most 16.
         stream: read files whenever they are needed. Otherwise files of one size that fit into
             `memory_limit` are read at once, by every process.
+        holdout: keep the last so many labeled training images of the fixed shuffle apart.
 
     Returns:
-        The images to pretrain on, the labeled training images, which are the same except for
-        stl10, and the test images; the latter two are None where there are no classes.
+        The images to pretrain on; the labeled training images, which are the same except for stl10;
+        the test images; and the images to watch during a run: those held out or, by default, the
+        test images. The latter three are None where there are no classes.
 
     Raises:
         SystemExit: with one line, if there is no such data or a file cannot be read.
     """
     if workers is None:
         workers = min(16, math.ceil(os.cpu_count() / local_processes()))
-    load = partial(_load_split, data, root, limit, device, workers, stream)
+    load = partial(_load_split, data, root, limit, holdout, device, workers, stream)
     splits = [Path(data, name) for name in ("train", "val", "test")]
     if data not in SETS and not any(split.is_dir() for split in splits):
-        return load("all"), None, None
+        if holdout:
+            PartialState().print("warning: without labels, --holdout has no effect")
+        return load("all"), None, None, None
     bank = load("train")
     images = load("unlabeled") if data == "stl10" else bank
-    return images, bank, load("test")
+    test = load("test")
+    watched = load("held-out") if holdout else test
+    return images, bank, test, watched
 
 
 def _load_split(
     data: str,
     root: str,
     limit: int | None,
+    holdout: int | None,
     device: torch.device,
     workers: int,
     stream: bool,
     split: str,
 ) -> ImageSet:
-    """One split of load_splits: "train", "unlabeled", "test" or "all"."""
+    """One split of load_splits: "train", "held-out", "unlabeled", "test" or "all"."""
+    part = "train" if split == "held-out" else split
     if data in SETS:
         with PartialState().local_main_process_first():  # so that only one process downloads
-            source, labels, classes = _read_named_set(data, split, root)
+            source, labels, classes = _read_named_set(data, part, root)
     else:
-        source, labels, classes = _list_folder(data, split)
+        source, labels, classes = _list_folder(data, part)
     labels = torch.as_tensor(labels).long()
-    if limit and split != "test":
-        chosen = torch.randperm(len(labels), generator=generator(0))[:limit]
+    chosen = choose_images(len(labels), split, limit, holdout)
+    if chosen is not None:
         source, labels = source[chosen.numpy()], labels[chosen]
     fingerprint = f"{len(labels)} images"
 
@@ -970,6 +979,31 @@ def _load_split(
     if pixels is None:
         return ImageFiles(source, labels, device, workers, classes, fingerprint)
     return ImagesInMemory(pixels.to(device), labels, classes, fingerprint)
+
+
+def choose_images(images: int, split: str, limit: int | None, holdout: int | None) -> Tensor | None:
+    """The indices of a split's images, or None if all are used in their own order.
+
+    With --limit and --holdout, training images are taken from the start of a fixed shuffle, and
+    those that are held out from its end.
+
+    Args:
+        images: how many there are, of all training images or of the split.
+        split: see `load_splits`.
+        limit, holdout: the values of the flags.
+    """
+    shuffled = torch.randperm(images, generator=generator(0))
+    if split == "held-out":
+        return shuffled[-holdout:]
+    if split == "train" and holdout:
+        if holdout >= images:
+            fail(
+                f"--holdout {holdout} leaves none of the {images} training images: use a lower one"
+            )
+        return shuffled[: min(limit or images, images - holdout)]
+    if limit and split != "test":
+        return shuffled[:limit]
+    return None
 
 
 def _read_named_set(
@@ -1577,18 +1611,24 @@ def finish(
         encoder: the trained encoder.
         about: the metadata of the file: method, architecture, stem, image_size, data, and the mean
             and std with which the encoder's inputs are normalized.
-        bank, test: labeled images, or None. Views above 64 pixels are not evaluated here, since
-            that would take longer than many a run; linear_eval.py does it.
+        bank, test: labeled images, or None. Views above 64 pixels are evaluated by kNN alone, since
+            the rest would take longer than many a run; linear_eval.py does it.
         seed: of the evaluation.
         last: the last row of the metrics.
     """
-    knn = summarize([last["knn"]], len(test)) if "knn" in last else "-"
-    rows = [{"features": about["method"], "loss": last["loss"], "kNN": knn}]
     if bank and about["image_size"] <= 64:
         PartialState().print(
             "evaluating features by kNN and linear probes, with all and few labels"
         )
         rows = compare_features(encoder, about, bank, test, seed)
+    else:
+        knn = "-"
+        if bank:
+            normalize = Normalize(about["mean"], about["std"]).to(PartialState().device)
+            features = nn.Sequential(normalize, encoder)
+            knn = knn_accuracy(features, bank, test, about["image_size"])
+            knn = summarize([knn], len(test))
+        rows = [{"features": about["method"], "loss": last["loss"], "kNN": knn}]
     if PartialState().is_main_process:
         save_encoder(out / "encoder.safetensors", encoder, **about)
     write_results(out, rows, "test accuracy in percent [95 % interval]")

@@ -631,6 +631,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, help="folder of the run (default: runs/drlim-DATA)")
+    add(
+        "--holdout",
+        type=common.positive_int,
+        help="training images to keep apart, on which the map is measured during the run, not on "
+        "the test images",
+    )
     add("--eval-every", type=common.positive_int, default=5, help="epochs between evaluations")
     add(
         "--log-with",
@@ -677,17 +683,24 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     accelerator = common.start_accelerator(args.log_with, args.out)
     device, processes = accelerator.device, accelerator.num_processes
 
-    # Data: training images (the bank) and test images; without classes, all images are both.
-    images, bank, test_images = common.load_splits(
-        args.data, args.root, args.limit, device, args.workers, args.stream
+    # Data: training images (the bank) and test images; without classes, all images are both. The
+    # watched images are those on which the map is measured during the run.
+    images, bank, test_images, watched_images = common.load_splits(
+        args.data, args.root, args.limit, device, args.workers, args.stream, args.holdout
     )
     args = parse_arguments(argv, PRESETS.get(args.data))  # again, with the defaults for this data
     bank, test_images = bank or images, test_images or images
+    watched_images = watched_images or images
     choose_image_size(args, bank.side)
     classes = find_classes(args.classes, list(bank.classes) or ["all"])
     is_paper = args.arch == "paper"
     train = load_samples(bank, classes, args.per_class, args.image_size, args.shifts, is_paper)
     test = load_samples(test_images, classes, 10**9, args.image_size, args.shifts, is_paper)
+    watched = test
+    if watched_images is not test_images:
+        watched = load_samples(
+            watched_images, classes, 10**9, args.image_size, args.shifts, is_paper
+        )
 
     # The graph, which a resumed run builds again. Its edges are the pairs of similar images, and an
     # epoch visits each of them once.
@@ -801,8 +814,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
 
         # Evaluate, report and save.
         if (epoch + 1) % args.eval_every == 0 or step == total_steps:
-            g, g_test = map_images(G.eval(), train.x), map_images(G, test.x)
-            row |= measure_map(g_test, test, g, train, len(classes), copies)
+            g, g_watched = map_images(G.eval(), train.x), map_images(G, watched.x)
+            row |= measure_map(g_watched, watched, g, train, len(classes), copies)
             G.train()
         rows.append(row)
         accelerator.print(common.format_row(row, CONSOLE_METRICS))

@@ -585,7 +585,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
 
     # Data, and the labeled images of each seed.
     data = args.data or about.get("data", "fashion-mini")
-    _, bank, test = common.load_splits(
+    _, bank, test, _ = common.load_splits(
         data, args.root, args.limit, device, args.workers, args.stream
     )
     if not bank:

@@ -526,6 +526,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, help="folder of the run (default: runs/moco-DATA)")
+    add(
+        "--holdout",
+        type=common.positive_int,
+        help="training images to keep apart, on which kNN is measured during the run, not on "
+        "the test images",
+    )
     add("--eval-every", type=common.positive_int, default=5, help="epochs between kNN evaluations")
     add(
         "--log-with",
@@ -590,9 +596,9 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     device, processes = accelerator.device, accelerator.num_processes
 
     # Data: images to train on, without labels. Labeled training images (the bank) and test images
-    # are used only for evaluation.
-    images, bank, test = common.load_splits(
-        args.data, args.root, args.limit, device, args.workers, args.stream
+    # are used only for evaluation; the watched images are those of the kNN during the run.
+    images, bank, test, watched = common.load_splits(
+        args.data, args.root, args.limit, device, args.workers, args.stream, args.holdout
     )
     args = parse_arguments(argv, PRESETS.get(args.data))  # again, with the defaults for this data
     args.image_size = args.image_size or images.side
@@ -738,7 +744,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         # Evaluate, report and save.
         if bank and ((epoch + 1) % args.eval_every == 0 or step == total_steps):
             features = nn.Sequential(normalize, encoder)
-            row["knn"] = common.knn_accuracy(features, bank, test, args.image_size)
+            row["knn"] = common.knn_accuracy(features, bank, watched, args.image_size)
         rows.append(row)
         accelerator.print(common.format_row(row, CONSOLE_METRICS))
         # The loss says little until keys have replaced the random vectors in the queue.

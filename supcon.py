@@ -483,6 +483,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, help="folder of the run (default: runs/supcon-DATA)")
+    add(
+        "--holdout",
+        type=common.positive_int,
+        help="training images to keep apart, on which kNN is measured during the run, not on "
+        "the test images",
+    )
     add("--eval-every", type=common.positive_int, default=5, help="epochs between kNN evaluations")
     add(
         "--log-with",
@@ -512,11 +518,11 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
 # --------------------------------------------------------------------------------------
 
 
-def classifier_accuracy(network: nn.Sequential, test: common.ImageSet, size: int) -> float:
-    """Accuracy in percent of encoder and classifier on the test images, in float32."""
+def classifier_accuracy(network: nn.Sequential, images: common.ImageSet, size: int) -> float:
+    """Accuracy in percent of encoder and classifier on labeled images, in float32."""
     layers = nn.Sequential(*network)  # without the autocast that Accelerate gave to `network`
-    scores = common.extract_features(layers, test, size)
-    return common.accuracy(scores, test.labels)
+    scores = common.extract_features(layers, images, size)
+    return common.accuracy(scores, images.labels)
 
 
 def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
@@ -526,9 +532,10 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     accelerator = common.start_accelerator(args.log_with, args.out)
     device, processes = accelerator.device, accelerator.num_processes
 
-    # Data: labeled images to train on, which are also used for evaluation, with test images.
-    _, images, test = common.load_splits(
-        args.data, args.root, args.limit, device, args.workers, args.stream
+    # Data: labeled images to train on, which are also used for evaluation, with test images. The
+    # watched images are those of the evaluation during the run.
+    _, images, test, watched = common.load_splits(
+        args.data, args.root, args.limit, device, args.workers, args.stream, args.holdout
     )
     if not images or images.labels.unique().numel() < 2:
         common.fail(
@@ -677,9 +684,9 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         # Evaluate, report and save.
         if (epoch + 1) % args.eval_every == 0 or step == total_steps:
             features = nn.Sequential(normalize, encoder)
-            row["knn"] = common.knn_accuracy(features, images, test, args.image_size)
+            row["knn"] = common.knn_accuracy(features, images, watched, args.image_size)
             if args.loss == "ce":
-                row["classifier"] = classifier_accuracy(network, test, args.image_size)
+                row["classifier"] = classifier_accuracy(network, watched, args.image_size)
         rows.append(row)
         accelerator.print(common.format_row(row, CONSOLE_METRICS[args.loss]))
         for problem in find_problems(row, step > max(warmup_steps, epoch_steps)):
@@ -692,9 +699,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
 
     # The end of the run: write and print its results, and export the encoder.
     if args.loss == "ce":
-        accelerator.print(
-            f"accuracy of its own classifier on the test images: {rows[-1]['classifier']:.1f} %"
-        )
+        percent = classifier_accuracy(network, test, args.image_size)
+        accelerator.print(f"accuracy of its own classifier on the test images: {percent:.1f} %")
     about = {
         "method": f"supcon-{args.loss}",
         "architecture": args.arch,

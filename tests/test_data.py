@@ -6,6 +6,7 @@ import pickle
 import platform
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,7 +40,7 @@ def test_bundled_images_are_the_first_thousand_of_each_class(shared, tmp_path):
             raw[name, kind] = np.frombuffer(gzip.decompress(file.read_bytes()), np.uint8)[skip:]
     labels, images = raw["train", "labels-idx1"], raw["train", "images-idx3"].reshape(-1, 1, 28, 28)
     first = np.sort(np.concatenate([np.flatnonzero(labels == c)[:1000] for c in range(10)]))
-    data, bank, test = load_splits("fashion-mini", "nowhere", None, CPU, 1)
+    data, bank, test, _ = load_splits("fashion-mini", "nowhere", None, CPU, 1)
     assert data is bank
     np.testing.assert_array_equal(bank.pixels, images[first])
     np.testing.assert_array_equal(bank.labels, labels[first])
@@ -77,11 +78,14 @@ print([faults() for _ in range(6)][-1])"""
 
 
 def write_idx(folder, name, count):
-    """MNIST's files as its makers packed them, image i filled with i and labelled i % 10."""
+    """MNIST's files as its makers packed them: image i of class i % 10, filled with i.
+
+    Test images are filled with 100 + i.
+    """
     raw = folder / name / "raw"
     raw.mkdir(parents=True)
-    for part in ("train", "t10k"):
-        images = np.repeat(np.arange(count, dtype=np.uint8), 784)
+    for part, first in (("train", 0), ("t10k", 100)):
+        images = np.repeat(np.arange(first, first + count, dtype=np.uint8), 784)
         labels = (np.arange(count) % 10).astype(np.uint8)
         (raw / f"{part}-images-idx3-ubyte").write_bytes(
             np.array([0x803, count, 28, 28], ">i4").tobytes() + images.tobytes()
@@ -94,9 +98,12 @@ def write_idx(folder, name, count):
 @pytest.mark.parametrize(("data", "name"), [("mnist", "MNIST"), ("fashionmnist", "FashionMNIST")])
 def test_mnist_and_fashionmnist_are_read_from_root(tmp_path, data, name):
     write_idx(tmp_path, name, 20)
-    _, bank, test = load_splits(data, str(tmp_path), None, CPU, 1)
+    _, bank, test, _ = load_splits(data, str(tmp_path), None, CPU, 1)
     assert bank.pixels.shape == test.pixels.shape == (20, 1, 28, 28)
     assert bank.pixels[7].unique().tolist() == [7] and bank.labels[17] == 7
+    assert test.pixels[7].unique().tolist() == [107]
+    held_out = load_splits(data, str(tmp_path), None, CPU, 1, holdout=19)[3]
+    assert held_out.pixels.max() < 100 and len(held_out) == 19
 
 
 @pytest.mark.parametrize("data", ["cifar10", "cifar100"])
@@ -113,7 +120,7 @@ def test_cifar_is_read_from_root(tmp_path, monkeypatch, data):
     (folder / kind.meta["filename"]).write_bytes(pickle.dumps({kind.meta["key"]: list("abcd")}))
     monkeypatch.setattr(kind, "meta", kind.meta | {"md5": None})  # torchvision's own check
     monkeypatch.setattr(kind, "_check_integrity", lambda self: True)
-    _, bank, test = load_splits(data, str(tmp_path), None, CPU, 1)
+    _, bank, test, _ = load_splits(data, str(tmp_path), None, CPU, 1)
     assert bank.pixels.shape == (4 * len(kind.train_list), 3, 32, 32)
     assert bank.pixels[0, 0].unique().tolist() == [0]
     assert bank.pixels[:, 1].unique().tolist() == [100] and bank.labels[3] == 3
@@ -152,11 +159,13 @@ def test_stl10_pretrains_on_its_unlabelled_images(tmp_path, monkeypatch):
         (np.arange(count) + 1).astype(np.uint8).tofile(folder / f"{name}_y.bin")
     (folder / "class_names.txt").write_text("a\nb\nc\n")
     monkeypatch.setattr(kind, "_check_integrity", lambda self: True)
-    data, bank, test = load_splits("stl10", str(tmp_path), None, CPU, 1)
+    data, bank, test, _ = load_splits("stl10", str(tmp_path), None, CPU, 1)
     assert [len(v) for v in (data, bank, test)] == [5, 3, 2]
     assert data.labels.tolist() == [-1] * 5 and bank.labels.tolist() == [0, 1, 2]
     assert data.pixels.unique().tolist() == [5]
     assert data.pixels.is_contiguous()  # Selecting images is then several times as fast.
+    splits = load_splits("stl10", str(tmp_path), None, CPU, 1, holdout=1)
+    assert [len(images) for images in splits] == [5, 2, 2, 1]
 
 
 def test_a_download_without_network_is_one_line(capsys, tmp_path, monkeypatch):
@@ -166,7 +175,7 @@ def test_a_download_without_network_is_one_line(capsys, tmp_path, monkeypatch):
 
 
 def test_folders_give_every_image_with_its_class(folder):
-    data, bank, test = load_splits(str(folder), "nowhere", None, CPU, 3)
+    data, bank, test, _ = load_splits(str(folder), "nowhere", None, CPU, 3)
     assert data is bank and bank.pixels.shape == (48, 3, 12, 12) and len(test) == 18
     assert bank.labels.bincount().tolist() == [16] * 3  # sorted: across, along, both
     file = sorted((folder / "train" / "along").iterdir(), key=str)[0]
@@ -175,14 +184,48 @@ def test_folders_give_every_image_with_its_class(folder):
 
 
 def test_limit_is_the_start_of_one_shuffle_of_the_training_images(folder):
-    _, all_of_them, _ = load_splits(str(folder), "nowhere", None, CPU, 1)
-    _, ten, test = load_splits(str(folder), "nowhere", 10, CPU, 1)
-    _, five, _ = load_splits(str(folder), "nowhere", 5, CPU, 1)
+    _, all_of_them, _, _ = load_splits(str(folder), "nowhere", None, CPU, 1)
+    _, ten, test, _ = load_splits(str(folder), "nowhere", 10, CPU, 1)
+    _, five, _, _ = load_splits(str(folder), "nowhere", 5, CPU, 1)
     assert len(ten) == 10 and len(test) == 18 and torch.equal(ten.pixels[:5], five.pixels)
     assert len(ten.labels.unique()) > 1  # shuffled, not the first class
     for image, label in zip(ten.pixels, ten.labels, strict=True):
         same = (all_of_them.pixels == image).flatten(1).all(1)
         assert all_of_them.labels[same].tolist() == [label]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_held_out_images_are_the_end_of_that_shuffle_and_no_others_change(folder, stream):
+    load = partial(load_splits, str(folder), "nowhere", device=CPU, workers=1, stream=stream)
+
+    def pixels(images):
+        return images.centers(torch.arange(len(images)), 12)
+
+    _, everything, test, watched = load(limit=None)
+    assert watched is test
+    _, limited, _, _ = load(limit=20)
+    for limit, left in ((None, 41), (20, 20), (45, 41)):
+        images, bank, same_test, held_out = load(limit=limit, holdout=7)
+        assert images is bank and (len(bank), len(held_out)) == (left, 7)
+        assert torch.equal(pixels(same_test), pixels(test))
+        if limit == 20:
+            assert torch.equal(pixels(bank), pixels(limited))
+        both = torch.cat([pixels(bank), pixels(held_out)]).flatten(1)
+        assert len(both.unique(dim=0)) == left + 7  # no image is in both
+        labels = torch.cat([bank.labels, held_out.labels])
+        known = pixels(everything).flatten(1)
+        for image, label in zip(both, labels, strict=True):
+            assert everything.labels[(known == image).all(1)].tolist() == [label]
+
+
+def test_holding_out_all_images_is_refused_and_without_labels_none_are(folder, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        load_splits(str(folder), "nowhere", None, CPU, 1, holdout=48)
+    error = capsys.readouterr().err
+    assert "--holdout 48" in error and error.count("\n") == 1
+    images, *others = load_splits(str(folder / "train"), "nowhere", None, CPU, 1, holdout=8)
+    assert len(images) == 48 and others == [None] * 3
+    assert "--holdout" in capsys.readouterr().out
 
 
 def test_orientation_and_modes_of_files(tmp_path):
@@ -192,7 +235,7 @@ def test_orientation_and_modes_of_files(tmp_path):
     pixels = np.zeros((12, 12), np.uint8)
     pixels[0] = 255
     Image.fromarray(pixels).save(folder / "train" / "along" / "0.png", exif=exif)
-    _, bank, _ = load_splits(str(folder), "nowhere", None, CPU, 1)
+    _, bank, _, _ = load_splits(str(folder), "nowhere", None, CPU, 1)
     assert bank.pixels[1, :, 11].min() == 255 and bank.pixels[1, :, :11].max() == 0
 
 
@@ -227,7 +270,7 @@ RECIPES = [
 
 
 def test_batches_cover_an_epoch_in_an_order_of_its_own(folder):
-    data, _, _ = load_splits(str(folder), "nowhere", None, CPU, 1)
+    data, _, _, _ = load_splits(str(folder), "nowhere", None, CPU, 1)
     steps = list(batches(data, RECIPES, 10, 0, 0, 8))
     assert len(steps) == 8
     order = torch.cat([index for index, _ in steps])
@@ -239,7 +282,7 @@ def test_batches_cover_an_epoch_in_an_order_of_its_own(folder):
 
 
 def test_views_show_the_images_of_their_index(folder):
-    data, _, _ = load_splits(str(folder), "nowhere", None, CPU, 1)
+    data, _, _, _ = load_splits(str(folder), "nowhere", None, CPU, 1)
     whole = RandomResizedCrop(12, (1.0, 1.0), (1.0, 1.0), flip=0.0)
     for index, (views,) in batches(data, [(2, [whole])], 8, 0, 0, 6):
         torch.testing.assert_close(views[0], data.pixels[index] / 255)
@@ -247,7 +290,7 @@ def test_views_show_the_images_of_their_index(folder):
 
 
 def test_batches_are_a_function_of_seed_epoch_and_step(folder):
-    data, _, _ = load_splits(str(folder), "nowhere", None, CPU, 1)
+    data, _, _, _ = load_splits(str(folder), "nowhere", None, CPU, 1)
     straight = list(batches(data, RECIPES, 8, 3, 0, 12))
     torch.rand(5)  # nobody else's randomness counts
     resumed = list(batches(data, RECIPES, 8, 3, 7, 12))

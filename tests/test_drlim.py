@@ -321,7 +321,7 @@ def test_a_run_leaves_its_numbers_and_map_whose_accuracy_follows_from_it(plain, 
     assert Image.open(plain / "map.png").size == (2006, 1004)
     x, x_test = (
         v.pixels.double().mean(1).flatten(1) / 255
-        for v in common.load_splits(str(few), "", None, torch.device("cpu"), 1)[1:]
+        for v in common.load_splits(str(few), "", None, torch.device("cpu"), 1)[1:3]
     )
     votes = [labels[(x - row).norm(dim=1).argsort()[:5]].bincount(minlength=3) for row in x_test]
     hits = torch.stack(votes).argmax(1) == y
@@ -332,6 +332,27 @@ def test_a_run_leaves_its_numbers_and_map_whose_accuracy_follows_from_it(plain, 
     ]
     hits = torch.stack(votes).argmax(1) == y
     assert 100 * hits.double().mean().item() == pytest.approx(table[1]["5-NN"]["mean"])
+
+
+def test_held_out_images_are_watched_and_the_test_images_are_used_at_the_end(few, tmp_path):
+    out = run(few, tmp_path / "run", "--holdout 9 --arch small --max-steps 3")
+    _, bank, *others = common.load_splits(
+        str(few), "nowhere", None, torch.device("cpu"), 1, holdout=9
+    )
+    G = torch.nn.Sequential(common.build_encoder("small", "3x3"), torch.nn.Linear(256, 2))
+    G.load_state_dict(checkpoint(out)["model"])
+    G.eval()
+    train = drlim.load_samples(bank, [0, 1, 2], 100, 12, [], False)
+    measured = []
+    for images in others:
+        samples = drlim.load_samples(images, [0, 1, 2], 100, 12, [], False)
+        g, g_train = drlim.map_images(G, samples.x), drlim.map_images(G, train.x)
+        measured.append(drlim.measure_map(g, samples, g_train, train, 3, 1))
+    assert len(train.x) == 18
+    result = json.loads((out / "results.json").read_text())[0]
+    assert result["5-NN"]["mean"] == pytest.approx(measured[0]["5-NN"])
+    for name in ("5-NN", "flatness"):
+        assert metrics(out)[-1][name] == pytest.approx(measured[1][name], rel=1e-4)
 
 
 def test_chance_is_the_loss_of_a_map_that_is_one_point_and_is_warned_of(

@@ -48,7 +48,7 @@ def compute(folder: str, device_name: str, path: str) -> None:
     """Save what must not depend on the device: views, losses, gradients, steps and features."""
     device = torch.device(device_name)
     torch.backends.cudnn.allow_tf32 = False
-    images, bank, test = common.load_splits(folder, "nowhere", None, device, 1)
+    images, bank, test, _ = common.load_splits(folder, "nowhere", None, device, 1)
     saved = {}
 
     jitter = common.RandomApply(common.ColorJitter(0.8, 0.8, 0.8, 0.2), 0.8)

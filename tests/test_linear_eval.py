@@ -55,7 +55,7 @@ def results(path):
 def test_linear_is_the_probe_on_the_frozen_features(encoder, folder, capsys):
     main([str(encoder), "--seeds", "2"])
     net, _ = common.load_encoder(encoder)
-    _, bank, test = common.load_splits(str(folder), "nowhere", None, torch.device("cpu"), 1)
+    _, bank, test, _ = common.load_splits(str(folder), "nowhere", None, torch.device("cpu"), 1)
     h, h_test = (common.extract_features(net, images, 12) for images in (bank, test))
     expected = []
     for seed in (0, 1):
@@ -74,7 +74,7 @@ def test_linear_is_the_probe_on_the_frozen_features(encoder, folder, capsys):
 def test_knn_has_its_parameters_in_what_it_says(encoder, folder, capsys):
     main([str(encoder), "--protocol", "knn", "--knn-k", "7", "--knn-temperature", "0.3"])
     net, _ = common.load_encoder(encoder)
-    _, bank, test = common.load_splits(str(folder), "nowhere", None, torch.device("cpu"), 1)
+    _, bank, test, _ = common.load_splits(str(folder), "nowhere", None, torch.device("cpu"), 1)
     h, h_test = (common.extract_features(net, images, 12) for images in (bank, test))
     scores = common.knn_predict(h, bank.labels, h_test, 7, 0.3)
     accuracy = common.accuracy(scores, test.labels)
@@ -445,7 +445,7 @@ def test_accuracies_by_class_are_those_of_the_predictions(encoder, folder):
     main([str(encoder), "--protocol", "knn", "--seeds", "1", "--knn-k", "5"])
     result = results(encoder)[0]
     net, _ = common.load_encoder(encoder)
-    _, bank, test = common.load_splits(str(folder), "nowhere", None, torch.device("cpu"), 1)
+    _, bank, test, _ = common.load_splits(str(folder), "nowhere", None, torch.device("cpu"), 1)
     h, h_test = (common.extract_features(net, images, 12) for images in (bank, test))
     right = common.knn_predict(h, bank.labels, h_test, 5, 0.07).argmax(1) == test.labels
     expected = {

@@ -233,7 +233,7 @@ def test_a_keys_batch_norm_group_is_not_its_querys(few, tmp_path, monkeypatch, s
     monkeypatch.setattr(Recording, "seen", [])
     more = "--batch-size 24 --bn-splits 4 --queue-size 48 --epochs 3 --augment blur"
     run("moco", few, tmp_path / "run", more, "--symmetric" if symmetric else "")
-    data, _, _ = common.load_splits(str(few), "", None, torch.device("cpu"), 1)
+    data, _, _, _ = common.load_splits(str(few), "", None, torch.device("cpu"), 1)
     images = data.pixels.float().div(255).flatten(1)
 
     def groups(x):  # of each of 24 images, the groups in which its views stand

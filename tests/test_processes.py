@@ -57,7 +57,7 @@ def without_batch_statistics(*_, **__):
 def save_features(folder, out):
     """Save the features of an odd number of images, in memory and in files."""
     accelerator = common.start_accelerator()
-    _, _, test = common.load_splits(folder, "nowhere", None, accelerator.device, 1)
+    _, _, test, _ = common.load_splits(folder, "nowhere", None, accelerator.device, 1)
     files = common.load_splits(folder, "nowhere", None, accelerator.device, 1, stream=True)[2]
     torch.manual_seed(0)
     net = without_batch_statistics()
@@ -405,7 +405,7 @@ def test_a_run_under_torchrun_leaves_the_files_of_one_run(few, tmp_path):
     assert text.count("test accuracy in percent") == 1
     assert not list(out.glob(".partial*"))
     encoder = common.load_encoder(out / "encoder.safetensors")[0]
-    _, bank, test = common.load_splits(str(few), "nowhere", None, torch.device("cpu"), 1)
+    _, bank, test, _ = common.load_splits(str(few), "nowhere", None, torch.device("cpu"), 1)
     knn = common.knn_accuracy(encoder, bank, test, 12)
     assert metrics(out)[-1]["knn"] == pytest.approx(knn)  # though each process has its own BN
 

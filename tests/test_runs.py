@@ -117,11 +117,41 @@ def test_the_encoder_file_says_what_it_is(method, plain, few):
 def test_the_last_rows_knn_is_that_of_the_saved_encoder(method, plain, few):
     if method == "drlim":
         pytest.skip("it has a measure of its own")
-    _, bank, test = common.load_splits(str(few), "nowhere", None, torch.device("cpu"), 1)
+    _, bank, test, _ = common.load_splits(str(few), "nowhere", None, torch.device("cpu"), 1)
     encoder, about = common.load_encoder(plain / "encoder.safetensors")
     normalize = common.Normalize(json.loads(about["mean"]), json.loads(about["std"]))
     knn = common.knn_accuracy(torch.nn.Sequential(normalize, encoder), bank, test, 12)
     assert metrics(plain)[-1]["knn"] == pytest.approx(knn)
+
+
+@pytest.mark.parametrize("size", [12, 66])
+def test_held_out_images_are_watched_and_the_test_images_are_used_at_the_end(
+    method, few, tmp_path, size, capsys
+):
+    if method == "drlim":
+        pytest.skip("it has a measure of its own")
+    side = "--crop-sizes 66 12" if method == "swav" else "--image-size 66"
+    more = "" if size == 12 else side
+    more += " --loss ce" if method == "supcon" else ""
+    out = run(method, few, tmp_path / "run", "--holdout 9 --max-steps 3 --lr 0.01", more)
+    row = metrics(out)[-1]
+    _, bank, test, held_out = common.load_splits(
+        str(few), "nowhere", None, torch.device("cpu"), 1, holdout=9
+    )
+    assert settings(out)["images"] == "18 images (" + settings(out)["images"].split("(")[1]
+    encoder, about = common.load_encoder(out / "encoder.safetensors")
+    normalize = common.Normalize(json.loads(about["mean"]), json.loads(about["std"]))
+    network = torch.nn.Sequential(normalize, encoder)
+    assert row["knn"] == pytest.approx(common.knn_accuracy(network, bank, held_out, size))
+    result = json.loads((out / "results.json").read_text())[0]
+    assert result["kNN"]["mean"] == pytest.approx(common.knn_accuracy(network, bank, test, size))
+    if method == "supcon":
+        state = checkpoint(out)["model"]
+        said = float(re.search(r"on the test images: (.*) %", capsys.readouterr().out)[1])
+        for images, expected in ((held_out, row["classifier"]), (test, said)):
+            h = common.extract_features(network, images, size)
+            scores = h @ state["2.weight"].T + state["2.bias"]
+            assert common.accuracy(scores, images.labels) == pytest.approx(expected, abs=0.051)
 
 
 def test_the_encoder_is_shown_views_normalized_as_the_file_says(method, few, tmp_path, monkeypatch):

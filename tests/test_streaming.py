@@ -192,7 +192,7 @@ def test_orientation_and_modes(tmp_path):
         suffix = "tif" if mode == "CMYK" else "png"
         image.convert(mode).save(tmp_path / f"{i}.{suffix}")
     image.save(tmp_path / "6.png", exif=exif)
-    data, bank, test = load(tmp_path)
+    data, bank, test, _ = load(tmp_path)
     assert bank is test is None and data.labels.tolist() == [-1] * 7 and len(data.classes) == 0
     x = data.centers(torch.arange(7), 12)
     assert x.shape == (7, 3, 12, 12)
@@ -208,7 +208,7 @@ def test_a_tree_without_classes_is_one_set(tmp_path):
         (tmp_path / name).mkdir(parents=True)
         Image.new("RGB", (9, 9)).save(tmp_path / name / "x.PNG")
     (tmp_path / "notes.txt").write_text("mine")
-    data, bank, test = load(tmp_path, stream=False)
+    data, bank, test, _ = load(tmp_path, stream=False)
     assert data.pixels.shape == (2, 3, 9, 9) and bank is test is None
 
 
@@ -287,7 +287,7 @@ def test_an_unreadable_file_stops_the_run_which_continues_when_it_is_repaired(
 
 
 def test_batches_and_splits_of_one_image(photographs):
-    data, bank, test = load(photographs)
+    data, bank, test, _ = load(photographs)
     encoder = common.build_encoder("small")
     assert common.extract_features(encoder, bank, 8, 13).shape == (14, 256)
     assert len(data.take(torch.tensor([3]))) == len(load(photographs, limit=1)[0]) == 1

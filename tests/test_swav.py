@@ -418,7 +418,7 @@ def test_prototypes_png_shows_the_images_nearest_to_some(few, tmp_path, monkeypa
     out = run(few, tmp_path / "run")
     images, columns = shown["prototypes.png"]
     assert columns == 8 and len(images) == 32  # 8 for each of the 4 prototypes
-    data, _, _ = common.load_splits(str(few), "", None, torch.device("cpu"), 1)
+    data, _, _, _ = common.load_splits(str(few), "", None, torch.device("cpu"), 1)
     state, net = (
         checkpoint(out)["model"],
         SwAV(normalize(), common.build_encoder("small", "3x3"), [16, 8], 4),
