@@ -37,6 +37,13 @@ Differences from the papers and the authors' code:
 - The running averages of batch norm, which only the evaluation uses, are those of the first
   process.
 
+The authors' experiments, with the accuracy that they report. They were not run here:
+- CIFAR-10, their demo, ResNet-18 (kNN 88.7 %): --data cifar10 --epochs 800 --batch-size 512
+  --lr 0.06 --weight-decay 5e-4 --head-layers 1 --queue-size 4096 --key-momentum 0.99
+  --temperature 0.1 --crop-scale 0.08 --normalize cifar10
+- ImageNet (linear 67.5 %; with --version v1 60.8 %): --data FOLDER --arch resnet50 --hidden 2048
+  --epochs 200 --queue-size 65536 --eval-every 20
+
 How to adapt it:
 - Your own encoder: add it to `common.build_encoder`, under a name in `common.ARCHITECTURES`. It
   maps images [B, 3, H, W] to features [B, width], has an attribute `width`, and makes its batch

@@ -36,6 +36,12 @@ Differences from the paper and the authors' code:
 - On CPUs each process has its own batch norm statistics, because PyTorch synchronizes them only on
   GPUs.
 
+The authors' experiments, with the linear accuracy that they report. They were not run here:
+- ImageNet, batch size 256 (72.7 %): --data FOLDER --arch resnet50 --hidden 2048 --prototypes 3000
+  --epochs 200 --eval-every 20
+- ImageNet, 64 GPUs (75.3 %): the same with --batch-size 4096 --warmup-epochs 10 --queue-size 0
+  --epochs 800
+
 How to adapt it:
 - Your own encoder: add it to `common.build_encoder`, under a name in `common.ARCHITECTURES`. It
   maps images [B, 3, H, W] to features [B, width] and has an attribute `width`.

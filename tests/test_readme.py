@@ -6,7 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import metrics, run
+
+import common
+import simclr
 
 ROOT = Path(__file__).resolve().parent.parent
 # What a reader of the README would write around its code: the imports, and an evaluation by kNN.
@@ -47,3 +51,12 @@ def test_an_exported_encoder_scores_alike_in_torchvision_and_timm(method, stem, 
     assert child.returncode == 0, child.stderr
     expected = metrics(out)[-1]["knn"]
     assert [float(line) for line in child.stdout.split()] == pytest.approx([expected] * 2)
+
+
+def test_the_parts_work_in_a_loop_of_ones_own():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (code,) = (block for block in blocks if "ImagesInMemory" in block)
+    names = {"common": common, "simclr": simclr, "labels": torch.arange(300)}
+    names["pixels"] = torch.randint(256, (300, 3, 40, 36), dtype=torch.uint8)
+    exec(code.replace("stop=1000", "stop=2"), names)
+    assert names["views"].shape == (2, 256, 3, 32, 32) and names["index"].shape == (256,)
