@@ -1522,11 +1522,11 @@ def draw_per_class(labels: Tensor, n: float, rng: torch.Generator) -> Tensor:
     return torch.cat(chosen)
 
 
-def knn_accuracy(encoder: nn.Module, bank: ImageSet, test: ImageSet, size: int) -> float:
-    """kNN accuracy on the test images, in percent (k = 20 or the whole bank, T = 0.07)."""
-    h, h_test = extract_features(encoder, bank, size), extract_features(encoder, test, size)
-    scores = knn_predict(h, bank.labels, h_test, min(20, len(bank)), 0.07)
-    return accuracy(scores, test.labels)
+def knn_accuracy(encoder: nn.Module, bank: ImageSet, queries: ImageSet, size: int) -> float:
+    """kNN accuracy on labeled images, in percent (k = 20 or the whole bank, T = 0.07)."""
+    h, q = extract_features(encoder, bank, size), extract_features(encoder, queries, size)
+    scores = knn_predict(h, bank.labels, q, min(20, len(bank)), 0.07)
+    return accuracy(scores, queries.labels)
 
 
 def score_features(
@@ -1601,8 +1601,10 @@ def finish(
     about: dict,
     bank: ImageSet | None,
     test: ImageSet | None,
+    watched: ImageSet | None,
     seed: int,
     last: dict,
+    own: dict | None = None,
 ) -> None:
     """End a run: evaluate, write encoder.safetensors and results.json, and print the table.
 
@@ -1613,8 +1615,10 @@ def finish(
             and std with which the encoder's inputs are normalized.
         bank, test: labeled images, or None. Views above 64 pixels are evaluated by kNN alone, since
             the rest would take longer than many a run; linear_eval.py does it.
+        watched: the images of the evaluation during the run.
         seed: of the evaluation.
         last: the last row of the metrics.
+        own: accuracies of the method's own, for the method's row of the table.
     """
     if bank and about["image_size"] <= 64:
         PartialState().print(
@@ -1623,12 +1627,17 @@ def finish(
         rows = compare_features(encoder, about, bank, test, seed)
     else:
         knn = "-"
-        if bank:
+        if bank and watched is test:
+            knn = summarize([last["knn"]], len(test))
+        elif bank:
             normalize = Normalize(about["mean"], about["std"]).to(PartialState().device)
             features = nn.Sequential(normalize, encoder)
-            knn = knn_accuracy(features, bank, test, about["image_size"])
-            knn = summarize([knn], len(test))
+            percent = knn_accuracy(features, bank, test, about["image_size"])
+            knn = summarize([percent], len(test))
         rows = [{"features": about["method"], "loss": last["loss"], "kNN": knn}]
+    for name, value in (own or {}).items():
+        for row in rows:
+            row[name] = value if row is rows[0] else "-"
     if PartialState().is_main_process:
         save_encoder(out / "encoder.safetensors", encoder, **about)
     write_results(out, rows, "test accuracy in percent [95 % interval]")

@@ -31,6 +31,7 @@ Differences from the paper:
 - The optimizer is Adam (in the paper, stochastic gradient descent). The learning rate and its
   schedule, the margin, ReLU and the number of epochs are choices of this code: the paper does not
   give them.
+- Inputs are in 0..1; the paper does not say how it scales them.
 - --graph labels, where images of one class are similar, is not the paper's; it is for comparison.
 
 What other implementations get wrong, and the tests exclude: the meaning of Y; a bare square root,
@@ -640,8 +641,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--holdout",
         type=common.positive_int,
-        help="training images to keep apart, on which the map is measured during the run, not on "
-        "the test images",
+        help="training images of all classes to leave out, on which the map is measured during the "
+        "run, and not on the test images",
     )
     add("--eval-every", type=common.positive_int, default=5, help="epochs between evaluations")
     add(
@@ -704,6 +705,11 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     test = load_samples(test_images, classes, 10**9, args.image_size, args.shifts, is_paper)
     watched = test
     if watched_images is not test_images:
+        if torch.isin(watched_images.labels, torch.tensor(classes)).sum() < 2:
+            common.fail(
+                f"--holdout {args.holdout} holds out fewer than two images of these classes: use a "
+                "higher one"
+            )
         watched = load_samples(
             watched_images, classes, 10**9, args.image_size, args.shifts, is_paper
         )

@@ -450,6 +450,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="how the encoder is evaluated",
     )
     add(
+        "--holdout",
+        type=common.positive_int,
+        help="training images to leave out and to evaluate on, instead of on the test images",
+    )
+    add(
         "--labels",
         type=label_count,
         help="labeled images of each class or, below 1, their share (default: all)",
@@ -585,8 +590,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
 
     # Data, and the labeled images of each seed.
     data = args.data or about.get("data", "fashion-mini")
-    _, bank, test, _ = common.load_splits(
-        data, args.root, args.limit, device, args.workers, args.stream
+    _, bank, _, test = common.load_splits(
+        data, args.root, args.limit, device, args.workers, args.stream, args.holdout
     )
     if not bank:
         common.fail(
@@ -597,7 +602,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     stem = args.stem or ("3x3" if size <= 64 else "7x7")
     mean, std = input_statistics(args.normalize, about, is_foreign)
     if is_foreign:
-        accelerator.print(f"{args.encoder}: {note}; --normalize {args.normalize or 'imagenet'}")
+        accelerator.print(f"{args.encoder}: {note}")
+    accelerator.print(f"inputs are normalized with mean {mean} and standard deviation {std}")
     on_features = args.protocol in ON_FEATURES
     seeds = args.seeds or (3 if on_features else 1)
     if args.protocol == "knn" and args.labels is None and not is_random:
@@ -667,7 +673,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         summary[name] = common.summarize([run[name] for run in runs], len(test))
     accelerator.print(
         f"{common.format_table(runs)}\n{data}, {how}, seeds: {len(runs)}\n"
-        f"in percent, with the 95 % interval for {len(test)} test images:\n"
+        f"in percent, with the 95 % interval for {len(test)} images:\n"
         f"{common.format_table([summary])}"
     )
     if on_features:
@@ -682,7 +688,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     settings = {
         name: value if isinstance(value, int | float) else str(value)
         for name, value in vars(args).items()
-        if value
+        if value and name != "normalize"
     }
     correct = 100 * torch.stack(hits).float().mean(0)
     per_class = {

@@ -32,8 +32,8 @@ Differences from the papers and the authors' code:
   both directions; the demo takes their sum.
 - The defaults are for small images and sets: a queue of an eighth of the images (in the papers
   65,536), a hidden layer of 512 (2048), 100 epochs (200), and no blur up to 64 pixels.
-- Inputs are normalized with ImageNet's mean and standard deviation for all data (--normalize). So
-  does the authors' code; their CIFAR demo uses CIFAR's.
+- Inputs of all data are normalized with ImageNet's mean and standard deviation (--normalize). The
+  authors' CIFAR demo uses CIFAR's.
 - The running averages of batch norm, which only the evaluation uses, are those of the first
   process.
 
@@ -434,7 +434,11 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("model").add_argument
     add("--arch", choices=common.ARCHITECTURES, default="resnet18", help="encoders f_q and f_k")
     add("--stem", choices=("3x3", "7x7"), help="first layer (default: 3x3 up to 64 pixels)")
-    add("--init", help="encoder.safetensors with the first weights of f_q and f_k")
+    add(
+        "--init",
+        help="encoder.safetensors with the first weights of f_q and f_k, whose inputs follow "
+        "--normalize",
+    )
     add(
         "--normalize",
         choices=common.STATISTICS,
@@ -536,8 +540,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--holdout",
         type=common.positive_int,
-        help="training images to keep apart, on which kNN is measured during the run, not on "
-        "the test images",
+        help="labeled training images to leave out, on which kNN is measured during the run, and "
+        "not on the test images",
     )
     add("--eval-every", type=common.positive_int, default=5, help="epochs between kNN evaluations")
     add(
@@ -775,7 +779,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         "std": list(std),
         "data": args.data,
     }
-    common.finish(args.out, encoder, about, bank, test, args.seed, rows[-1])
+    common.finish(args.out, encoder, about, bank, test, watched, args.seed, rows[-1])
     # Accelerate's end_training would also part the processes, for which it is too early while the
     # model is alive. `common.entry_point` does that.
     for tracker in accelerator.trackers:

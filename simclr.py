@@ -505,8 +505,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--holdout",
         type=common.positive_int,
-        help="training images to keep apart, on which kNN is measured during the run, not on "
-        "the test images",
+        help="labeled training images to leave out, on which kNN is measured during the run, and "
+        "not on the test images",
     )
     add("--eval-every", type=common.positive_int, default=5, help="epochs between kNN evaluations")
     add(
@@ -690,7 +690,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         "std": [1.0, 1.0, 1.0],
         "data": args.data,
     }
-    common.finish(args.out, encoder, about, bank, test, args.seed, rows[-1])
+    common.finish(args.out, encoder, about, bank, test, watched, args.seed, rows[-1])
     # Accelerate's end_training would also part the processes, for which it is too early while the
     # model is alive. `common.entry_point` does that.
     for tracker in accelerator.trackers:

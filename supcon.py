@@ -400,7 +400,10 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("model").add_argument
     add("--arch", choices=common.ARCHITECTURES, default="resnet18", help="encoder f")
     add("--stem", choices=("3x3", "7x7"), help="first layer (default: 3x3 up to 64 pixels)")
-    add("--init", help="encoder.safetensors whose weights f starts from")
+    add(
+        "--init",
+        help="encoder.safetensors whose weights f starts from, whose inputs follow --normalize",
+    )
     add(
         "--normalize",
         choices=common.STATISTICS,
@@ -492,8 +495,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--holdout",
         type=common.positive_int,
-        help="training images to keep apart, on which kNN is measured during the run, not on "
-        "the test images",
+        help="labeled training images to leave out, on which kNN is measured during the run, and "
+        "not on the test images",
     )
     add("--eval-every", type=common.positive_int, default=5, help="epochs between kNN evaluations")
     add(
@@ -704,9 +707,10 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         saved_at = time.monotonic()
 
     # The end of the run: write and print its results, and export the encoder.
+    own = {}
     if args.loss == "ce":
         percent = classifier_accuracy(network, test, args.image_size)
-        accelerator.print(f"accuracy of its own classifier on the test images: {percent:.1f} %")
+        own["own classifier"] = common.summarize([percent], len(test))
     about = {
         "method": f"supcon-{args.loss}",
         "architecture": args.arch,
@@ -716,7 +720,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         "std": list(std),
         "data": args.data,
     }
-    common.finish(args.out, encoder, about, images, test, args.seed, rows[-1])
+    common.finish(args.out, encoder, about, images, test, watched, args.seed, rows[-1], own)
     # Accelerate's end_training would also part the processes, for which it is too early while the
     # model is alive. `common.entry_point` does that.
     for tracker in accelerator.trackers:

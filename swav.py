@@ -457,7 +457,10 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("model").add_argument
     add("--arch", choices=common.ARCHITECTURES, default="resnet18", help="encoder f")
     add("--stem", choices=("3x3", "7x7"), help="first layer (default: 3x3 up to 64 pixels)")
-    add("--init", help="encoder.safetensors whose weights f starts from")
+    add(
+        "--init",
+        help="encoder.safetensors whose weights f starts from, whose inputs follow --normalize",
+    )
     add(
         "--normalize",
         choices=common.STATISTICS,
@@ -571,8 +574,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--holdout",
         type=common.positive_int,
-        help="training images to keep apart, on which kNN is measured during the run, not on "
-        "the test images",
+        help="labeled training images to leave out, on which kNN is measured during the run, and "
+        "not on the test images",
     )
     add("--eval-every", type=common.positive_int, default=5, help="epochs between kNN evaluations")
     add(
@@ -814,7 +817,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         "data": args.data,
     }
     save_prototypes(args.out / "prototypes.png", network, images, size, args.seed)
-    common.finish(args.out, encoder, about, bank, test, args.seed, rows[-1])
+    common.finish(args.out, encoder, about, bank, test, watched, args.seed, rows[-1])
     # Accelerate's end_training would also part the processes, for which it is too early while the
     # model is alive. `common.entry_point` does that.
     for tracker in accelerator.trackers:

@@ -299,8 +299,12 @@ class SeveralViews:
 
 
 def streaming(photographs: str, turns: int) -> None:
-    """Views of files by our readers, and by torchvision's ImageFolder, with as many workers."""
-    workers, batch, block = os.cpu_count(), 64, 8
+    """Views of files by our readers, and by torchvision's ImageFolder, with as many workers.
+
+    What is timed are whole passes, from the start of the workers to the last batch, so that nobody
+    reads ahead at another's expense.
+    """
+    workers, batch, steps = os.cpu_count(), 64, 30
     images = common.load_splits(photographs, "", None, torch.device("cpu"), workers, True)[0]
     names = ["crop", "color", "gray", "blur"]
     for what, views in (
@@ -310,22 +314,26 @@ def streaming(photographs: str, turns: int) -> None:
     ):
         recipes = [(n, swav.augmentation(names, side, scale, 1.0)) for n, side, scale in views]
         folder = torchvision.datasets.ImageFolder(f"{photographs}/train", SeveralViews(views))
-        sample = range(0, len(folder), len(folder) // (batch * (block + 4)))  # of all classes
-        folder = Subset(folder, sample[: batch * (block + 4)])
+        sample = torch.randint(len(folder), (steps * batch,)).tolist()
+        folder = Subset(folder, sample)
+
+        def our_pass(recipes=recipes) -> None:
+            for _ in common.batches(images, recipes, batch, 0, 0, steps):
+                pass
+
+        def their_pass(folder=folder) -> None:
+            for _ in DataLoader(folder, batch, num_workers=workers):
+                pass
+
         times = []
         for turn in range(turns):
-            seconds = []
-            steps = common.batches(images, recipes, batch, turn, 0, block + 4)
-            loader = DataLoader(folder, batch, shuffle=True, num_workers=workers)
-            for source in (steps, iter(loader)):
-                for _ in range(4):  # until the workers are ready
-                    next(source)
+            seconds = {}
+            for run in (our_pass, their_pass) if turn % 2 else (their_pass, our_pass):
                 began = time.perf_counter()
-                for _ in source:
-                    pass
-                seconds.append(time.perf_counter() - began)
-            times.append(seconds)
-        ours, theirs = (block * batch / statistics.median(t) for t in zip(*times, strict=True))
+                run()
+                seconds[run] = time.perf_counter() - began
+            times.append((seconds[our_pass], seconds[their_pass]))
+        ours, theirs = (steps * batch / statistics.median(t) for t in zip(*times, strict=True))
         ratio = statistics.median(b / a for a, b in times)
         print(
             f"files, {what}: {ours:.0f} images/s, ImageFolder with transforms of each image "

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import common
+import drlim
 
 
 def main_of(script):
@@ -455,3 +456,8 @@ def test_the_tiny_flags_are_of_a_run_that_is_not_refused(few, tmp_path):
     # Otherwise all of the above might be refused for another reason.
     for method in METHODS:
         assert checkpoint(run(method, few, tmp_path / method, "--max-steps 1"))["step"] == 1
+
+
+def test_too_few_held_out_images_of_the_mapped_classes_are_refused(few, tmp_path, capsys):
+    argv = arguments("drlim", few, tmp_path / "run", "--classes along --holdout 1")
+    assert "--holdout 1" in refused(capsys, drlim.main, argv)

@@ -700,7 +700,7 @@ def test_foreign_encoders_are_evaluated_with_imagenets_statistics(tmp_path, fold
     ]
     main([*argv, str(tmp_path / "a.npz")])
     printed = capsys.readouterr().out
-    assert "resnet18, 7x7 stem" in printed and "prototypes" in printed and "imagenet" in printed
+    assert "resnet18, 7x7 stem" in printed and "prototypes" in printed and "0.485" in printed
     main([*argv, str(tmp_path / "b.npz"), "--normalize", "none"])
     net = open_encoder(str(path))[0]
     test = common.load_splits(str(folder), "nowhere", None, torch.device("cpu"), 1)[2]
@@ -714,6 +714,19 @@ def test_foreign_encoders_are_evaluated_with_imagenets_statistics(tmp_path, fold
     result = json.loads((tmp_path / "eval.json").read_text())
     assert [r["settings"]["mean"][0] for r in result] == [0.485, 0, 0.4914]
     assert [r["settings"]["std"][2] for r in result] == [0.225, 1, 0.2010]
+
+
+def test_held_out_training_images_are_evaluated_instead_of_the_test_images(encoder, folder):
+    evaluate(encoder, "--protocol knn --knn-k 5 --holdout 9")
+    _, bank, _, held_out = common.load_splits(
+        str(folder), "nowhere", None, torch.device("cpu"), 1, holdout=9
+    )
+    net = common.load_encoder(encoder)[0]
+    h, q = (common.extract_features(net, images, 12) for images in (bank, held_out))
+    scores = common.knn_predict(h, bank.labels, q, 5, 0.07)
+    top = results(encoder)[0]["top-1"]
+    assert top["mean"] == pytest.approx(common.accuracy(scores, held_out.labels))
+    assert top["interval"] == pytest.approx(common.wilson_interval(top["mean"], 9))
 
 
 def test_inputs_are_normalized_as_the_file_of_the_encoder_says(tmp_path, folder):

@@ -231,7 +231,8 @@ def test_flags_that_the_readme_names_exist():
     launchers |= {"--machine_rank", "--main_process_ip", "--main_process_port"}
     benchmark = {"--photographs", "--negatives", "--chunks", "--probe", "--only", "--turns"}
     benchmark |= {"--against"}
-    known = launchers | benchmark
+    slurm = {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--requeue"}
+    known = launchers | benchmark | slurm
     for module in MODULES:
         for action in actions(module):
             known |= set(action.option_strings)

@@ -1,24 +1,24 @@
 """Code of the README, run as it stands there."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 from conftest import metrics, run
+from torchvision.transforms import v2
 
 import common
 import simclr
 
 ROOT = Path(__file__).resolve().parent.parent
-# What a reader of the README would write around its code: the imports, and an evaluation by kNN.
-IMPORTS = """
-import json, sys
-import safetensors.torch, timm, torch, torchvision
-from torch import nn
-from torchvision.transforms import v2
+# What a reader of the README would write around its code: other paths, and an evaluation by kNN.
+SETUP = """
+import sys
 import common
 folder, file = sys.argv[1:]
 """
@@ -29,7 +29,6 @@ def features(network, split):
     with torch.no_grad():
         return network.eval()(x), torch.tensor(images.targets)
 
-resnet.fc = nn.Identity()
 for network in (resnet, model):
     (h, y), (h_test, y_test) = features(network, "train"), features(network, "test")
     votes = common.knn_predict(h, y, h_test, 20, 0.07)
@@ -44,13 +43,30 @@ def test_an_exported_encoder_scores_alike_in_torchvision_and_timm(method, stem, 
     out = run(method, folder, tmp_path / "run", more, stem)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     code = "\n".join(block for block in blocks if "(file" in block)
+    code = re.sub(r"\nfile = .*", "", code)
     if stem == "7x7":
         code = re.sub(r".*# 3x3 stem only\n", "", code)
-    argv = [sys.executable, "-c", IMPORTS + code + SCORE, folder, out / "encoder.safetensors"]
+    argv = [sys.executable, "-c", SETUP + code + SCORE, folder, out / "encoder.safetensors"]
     child = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     expected = metrics(out)[-1]["knn"]
     assert [float(line) for line in child.stdout.split()] == pytest.approx([expected] * 2)
+
+
+@pytest.mark.parametrize("size", [24, 72])
+def test_the_transform_gives_the_inputs_of_the_encoder(size, tmp_path):
+    file, mean, std = tmp_path / "encoder.safetensors", [0.3, 0.4, 0.5], [0.1, 0.2, 0.3]
+    about = {"architecture": "small", "stem": "3x3", "mean": mean, "std": std, "image_size": size}
+    common.save_encoder(file, common.build_encoder("small"), **about)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names = {"file": file, "json": json, "safetensors": safetensors, "torch": torch, "v2": v2}
+    exec(next(block for block in blocks if "v2.Compose" in block), names)
+
+    coarse = torch.rand(3, 5, 6, generator=torch.Generator().manual_seed(0))
+    image = v2.functional.to_pil_image(v2.functional.resize(coarse, [96, 120]))
+    pixels = v2.functional.pil_to_tensor(image)
+    x = common.Normalize(mean, std)(common.CenterCrop(size)(pixels) / 255)
+    torch.testing.assert_close(names["transform"](image), x, atol=0.15, rtol=0)
 
 
 def test_the_parts_work_in_a_loop_of_ones_own():
@@ -58,5 +74,7 @@ def test_the_parts_work_in_a_loop_of_ones_own():
     (code,) = (block for block in blocks if "ImagesInMemory" in block)
     names = {"common": common, "simclr": simclr, "labels": torch.arange(300)}
     names["pixels"] = torch.randint(256, (300, 3, 40, 36), dtype=torch.uint8)
+    names["network"] = torch.nn.Flatten()
     exec(code.replace("stop=1000", "stop=2"), names)
+    assert names["z1"].shape == (256, 3 * 32 * 32)
     assert names["views"].shape == (2, 256, 3, 32, 32) and names["index"].shape == (256,)
