@@ -459,7 +459,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--stem", choices=("3x3", "7x7"), help="first layer (default: 3x3 up to 64 pixels)")
     add(
         "--init",
-        help="encoder.safetensors whose weights f starts from, whose inputs follow --normalize",
+        help="encoder.safetensors with the first weights of f, whose inputs follow --normalize",
     )
     add(
         "--normalize",
