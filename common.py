@@ -398,13 +398,52 @@ def add_data_arguments(parser: argparse.ArgumentParser, data: str | None = "fash
     )
 
 
-def describe_presets(presets: dict[str, dict]) -> str:
-    """A text for --help on the data sets that have defaults of their own."""
-    text = ""
-    for data, defaults in presets.items():
-        flags = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in defaults.items())
-        text += f"With --data {data} the defaults are: {flags}. "
-    return text
+def add_preset_argument(parser: argparse.ArgumentParser, presets: dict[str, dict]) -> None:
+    """Add --preset, and to the end of --help the defaults that each preset gives."""
+    parser.add_argument(
+        "--preset",
+        choices=presets,
+        help="defaults of the other flags (default: by the size and number of images; see below)",
+    )
+    parser.epilog = " ".join(describe_preset(name, presets[name]) + "." for name in presets)
+
+
+def choose_preset(data: str, side: int, images: int) -> str:
+    """Name the preset for images of a kind.
+
+    Args:
+        data: the value of --data.
+        side: of the images or, if the user wants others, of the views, in pixels.
+        images: how many there are to train on.
+    """
+    if data == "fashion-mini":
+        return data
+    if side <= 64:
+        return "small"
+    return "photos" if images < 100_000 else "paper"
+
+
+def default_batch_size(images: int) -> int:
+    """The largest power of two from 32 to 256 that leaves 64 steps in an epoch, or else 32.
+
+    In a small set, larger batches would leave too few steps to learn from.
+    """
+    return max(32, min(256, 2 ** max(0, (images // 64).bit_length() - 1)))
+
+
+def describe_preset(name: str, defaults: dict) -> str:
+    """One line on a preset: the data that it is for, and the defaults that it gives."""
+    kind = {
+        "fashion-mini": "the bundled images",
+        "small": "small images, up to 64 pixels",
+        "photos": "large images in a set below 100,000",
+        "paper": "large images in a large set, the paper's",
+    }[name]
+    flags = []
+    for flag, value in defaults.items():
+        values = value if isinstance(value, list) else [value]
+        flags.append(" ".join([f"--{flag.replace('_', '-')}", *map(str, values)]))
+    return f"defaults for {kind} (--preset {name}): {' '.join(flags) or 'those of --help'}"
 
 
 def check_batch_size(batch_size: int, available: int, processes: int, what: str = "images") -> None:

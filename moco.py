@@ -30,19 +30,19 @@ Differences from the papers and the authors' code:
   It is never synchronized.
 - --symmetric makes each view a query once and a key once, in one pass. The loss is the mean of
   both directions; the demo takes their sum.
-- The defaults are for small images and sets: a queue of an eighth of the images (in the papers
-  65,536), a hidden layer of 512 (2048), 100 epochs (200), and no blur up to 64 pixels.
+- The defaults depend on the images (`PRESETS`). Those of --preset paper are the papers', but with a
+  queue of at most an eighth of the images, and without blur up to 64 pixels.
 - Inputs of all data are normalized with ImageNet's mean and standard deviation (--normalize). The
   authors' CIFAR demo uses CIFAR's.
 - The running averages of batch norm, which only the evaluation uses, are those of the first
   process.
 
 The authors' experiments, with the accuracy that they report. They were not run here:
-- CIFAR-10, their demo, ResNet-18 (kNN 88.7 %): --data cifar10 --epochs 800 --batch-size 512
-  --lr 0.06 --weight-decay 5e-4 --head-layers 1 --queue-size 4096 --key-momentum 0.99
-  --temperature 0.1 --crop-scale 0.08 --normalize cifar10
-- ImageNet (linear 67.5 %; with --version v1 60.8 %): --data FOLDER --arch resnet50 --hidden 2048
-  --epochs 200 --queue-size 65536 --eval-every 20
+- CIFAR-10, their demo, ResNet-18 (kNN 88.7 %): --data cifar10 --preset paper --epochs 800
+  --batch-size 512 --lr 0.06 --weight-decay 5e-4 --head-layers 1 --queue-size 4096
+  --key-momentum 0.99 --temperature 0.1 --crop-scale 0.08 --normalize cifar10
+- ImageNet (linear 67.5 %; with --version v1 60.8 %): --data FOLDER --preset paper
+  --arch resnet50 --eval-every 20
 
 How to adapt it:
 - Your own encoder: add it to `common.build_encoder`, under a name in `common.ARCHITECTURES`. It
@@ -72,16 +72,32 @@ from torch import Tensor, nn
 import common
 from common import ColorJitter, GaussianBlur, RandomApply, RandomResizedCrop, grayscale
 
-# Defaults that depend on the data. Flags given on the command line take precedence.
+# Defaults that depend on the data; see `common.choose_preset`. Flags given on the command line take
+# precedence.
 PRESETS = {
     "fashion-mini": {
+        "batch_size": 256,
         "arch": "small",
+        "hidden": 512,
         "key_momentum": 0.99,
         "jitter": [0.8, 0.8, 0.8, 0.2, 0.8],
         "temperature": 0.07,
         "epochs": 54,
         "optimizer": "adamw",
         "warmup_epochs": 2.0,
+    },
+    "small": {
+        "key_momentum": 0.99,
+        "optimizer": "adamw",
+    },
+    "photos": {
+        "key_momentum": 0.99,
+        "optimizer": "adamw",
+    },
+    "paper": {
+        "batch_size": 256,
+        "epochs": 200,
+        "warmup_epochs": 0.0,
     },
 }
 # Defaults of the two papers. A preset replaces those of v2, but not those of a --version given.
@@ -100,7 +116,8 @@ VERSIONS = {
     },
 }
 OPERATIONS = {"v1": ("crop", "gray", "color"), "v2": ("crop", "color", "gray", "blur")}
-PEAK_LR = {"sgd": 0.03, "adamw": 0.006}  # at batch size 256; SGD's is the papers'
+PEAK_LR = {"sgd": 0.03, "adamw": 0.0005}  # at batch size 256; SGD's is the papers'
+SMALL_PEAK_LR = PEAK_LR | {"adamw": 0.006}  # for --arch small, which takes a higher one
 CONSOLE_METRICS = ("knn",)  # shown besides loss, chance, spread and speed
 MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
 SAVE_MINUTES = 10  # A longer epoch also saves checkpoints midway.
@@ -420,16 +437,16 @@ def save_run(out: Path, state: dict) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line, with the defaults for data without a preset."""
+    """The command line, with the defaults that no preset changes."""
     parser = argparse.ArgumentParser(
         "moco.py",
         description="Pretrain an image encoder with MoCo.",
-        epilog=common.describe_presets(PRESETS),
         formatter_class=common.HelpFormatter,
         allow_abbrev=False,
     )
     parser.error = common.fail
     common.add_data_arguments(parser)
+    common.add_preset_argument(parser, PRESETS)
 
     add = parser.add_argument_group("model").add_argument
     add("--arch", choices=common.ARCHITECTURES, default="resnet18", help="encoders f_q and f_k")
@@ -446,7 +463,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="mean and standard deviation with which the inputs are normalized",
     )
     add("--head-layers", type=int, choices=(1, 2), help="layers of the head (v1: 1, v2: 2)")
-    add("--hidden", type=common.positive_int, default=512, help="width of the head's inner layer")
+    add(
+        "--hidden",
+        type=common.positive_int,
+        help="width of the head's inner layer (default: the encoder's width)",
+    )
     add("--dim", type=common.positive_int, default=128, help="dimensions of queries and keys")
 
     add = parser.add_argument_group("method").add_argument
@@ -513,7 +534,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--batch-size",
         type=common.int_above_1,
         default=256,
-        help="images per step, over all processes",
+        help="images per step, over all processes; by default fewer in sets below 16,384",
     )
     add("--optimizer", choices=PEAK_LR, default="sgd", help="algorithm that updates the weights")
     add(
@@ -524,8 +545,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--warmup-epochs",
         type=common.nonnegative_float,
-        default=0.0,
-        help="epochs of linear warm-up",
+        help="epochs of linear warm-up (default: a tenth of --epochs, at most 10)",
     )
     add(
         "--weight-decay",
@@ -562,8 +582,11 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
     args.version = named or "v2"
     if args.jitter[3] > 0.5 or args.jitter[4] > 1:
         common.fail(f"--jitter {args.jitter}: the hue must be at most 0.5, the probability 1")
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(10, args.epochs / 10)
     if args.lr is None:
-        args.lr = PEAK_LR[args.optimizer] * args.batch_size / 256
+        rates = SMALL_PEAK_LR if args.arch == "small" else PEAK_LR
+        args.lr = rates[args.optimizer] * args.batch_size / 256
     if args.out is None:
         args.out = Path("runs", f"moco-{Path(args.data).absolute().name}")
     return args
@@ -611,7 +634,12 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     images, bank, test, watched = common.load_splits(
         args.data, args.root, args.limit, device, args.workers, args.stream, args.holdout
     )
-    args = parse_arguments(argv, PRESETS.get(args.data))  # again, with the defaults for this data
+    side = args.image_size or images.side
+    preset = args.preset or common.choose_preset(args.data, side, len(images))
+    defaults = {"batch_size": common.default_batch_size(len(images))} | PRESETS[preset]
+    args = parse_arguments(argv, defaults | {"preset": preset})  # again, with these defaults
+    used = {name: value for name, value in defaults.items() if vars(args)[name] == value}
+    accelerator.print(common.describe_preset(preset, used))
     args.image_size = args.image_size or images.side
     args.stem = args.stem or ("3x3" if args.image_size <= 64 else "7x7")
     names = [name for name in OPERATIONS[args.version] if name != "blur" or args.image_size > 64]
@@ -642,6 +670,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         )
     else:
         encoder = common.build_encoder(args.arch, args.stem, norm_layer)
+    args.hidden = args.hidden or encoder.width
     head_widths = [args.hidden] * (args.head_layers - 1) + [args.dim]
     head = torchvision.ops.MLP(encoder.width, head_widths)
     mean, std = common.STATISTICS[args.normalize]

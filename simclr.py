@@ -25,19 +25,18 @@ Where to find the parts of the paper:
 
 Differences from the paper and the authors' code:
 - The loss is the mean of Eq. 1 over all 2N views. The authors' code returns twice that.
-- The defaults are for small batches: batch size 256 (in the paper 4096), the square-root rule for
-  the learning rate (linear), temperature 0.2 (0.1), color strength 0.5 (1), a head of width 512
-  (2048).
+- The defaults depend on the images (`PRESETS`). Those of --preset paper are the paper's, but with
+  batch size 256 (4096) and the square-root rule for the learning rate (linear).
 - Inputs are images in 0..1, without normalization, as in the authors' code.
 - SGD and AdamW are offered besides LARS. Unlike LARS they also decay batch norm and biases.
 - On CPUs each process has its own batch norm statistics, because PyTorch synchronizes them only on
   GPUs.
 
 The authors' experiments, with the linear accuracy that they report. They were not run here:
-- CIFAR-10, ResNet-18 (91 %): --data cifar10 --batch-size 512 --epochs 1000 --lr 2
-  --weight-decay 1e-4 --temperature 0.5
-- ImageNet, 100 epochs (64.5 %): --data FOLDER --arch resnet50 --hidden 2048 --batch-size 4096
-  --lr-rule linear --color-strength 1 --temperature 0.1 --eval-every 20
+- CIFAR-10, ResNet-18 (91 %): --data cifar10 --preset paper --batch-size 512 --epochs 1000 --lr 2
+  --weight-decay 1e-4 --color-strength 0.5 --temperature 0.5
+- ImageNet, 100 epochs (64.5 %): --data FOLDER --preset paper --arch resnet50 --batch-size 4096
+  --lr-rule linear --eval-every 20
 
 How to adapt it:
 - Your own encoder: add it to `common.build_encoder`, under a name in `common.ARCHITECTURES`. It
@@ -64,10 +63,13 @@ from torch import Tensor, nn
 import common
 from common import ColorJitter, GaussianBlur, RandomApply, RandomResizedCrop, grayscale
 
-# Defaults that depend on the data. Flags given on the command line take precedence.
+# Defaults that depend on the data; see `common.choose_preset`. Flags given on the command line take
+# precedence.
 PRESETS = {
     "fashion-mini": {
+        "batch_size": 256,
         "arch": "small",
+        "hidden": 512,
         "crop_scale": 0.2,
         "color_strength": 1.0,
         "temperature": 0.1,
@@ -76,10 +78,24 @@ PRESETS = {
         "warmup_epochs": 2.0,
         "weight_decay": 1e-4,
     },
+    "small": {
+        "optimizer": "adamw",
+        "weight_decay": 1e-4,
+    },
+    "photos": {
+        "optimizer": "adamw",
+        "weight_decay": 1e-4,
+    },
+    "paper": {
+        "batch_size": 256,
+        "color_strength": 1.0,
+        "temperature": 0.1,
+    },
 }
 OPERATIONS = ("crop", "color", "gray", "blur")
 # At batch size 4096. For LARS both rules agree there: 4.8 = 0.3 * 4096 / 256 = 0.075 * sqrt(4096).
-PEAK_LR = {"lars": 4.8, "sgd": 0.48, "adamw": 0.016}
+PEAK_LR = {"lars": 4.8, "sgd": 0.48, "adamw": 0.004}
+SMALL_PEAK_LR = PEAK_LR | {"adamw": 0.016}  # for --arch small, which takes a higher one
 CONSOLE_METRICS = ("knn",)  # shown besides loss, chance, spread and speed
 MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
 SAVE_MINUTES = 10  # A longer epoch also saves checkpoints midway.
@@ -411,23 +427,27 @@ def save_run(out: Path, state: dict) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line, with the defaults for data without a preset."""
+    """The command line, with the defaults that no preset changes."""
     parser = argparse.ArgumentParser(
         "simclr.py",
         description="Pretrain an image encoder with SimCLR.",
-        epilog=common.describe_presets(PRESETS),
         formatter_class=common.HelpFormatter,
         allow_abbrev=False,
     )
     parser.error = common.fail
     common.add_data_arguments(parser)
+    common.add_preset_argument(parser, PRESETS)
 
     add = parser.add_argument_group("model").add_argument
     add("--arch", choices=common.ARCHITECTURES, default="resnet18", help="encoder f")
     add("--stem", choices=("3x3", "7x7"), help="first layer (default: 3x3 up to 64 pixels)")
     add("--init", help="encoder.safetensors whose weights f starts from")
     add("--head-layers", type=int, choices=range(4), default=2, help="layers of the head g")
-    add("--hidden", type=common.positive_int, default=512, help="width of the head's inner layers")
+    add(
+        "--hidden",
+        type=common.positive_int,
+        help="width of the head's inner layers (default: the encoder's width)",
+    )
     add("--dim", type=common.positive_int, default=128, help="dimensions of z")
 
     add = parser.add_argument_group("method").add_argument
@@ -467,7 +487,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--batch-size",
         type=common.int_above_1,
         default=256,
-        help="images per step, over all processes",
+        help="images per step, over all processes; by default fewer in sets below 16,384",
     )
     add(
         "--chunk-size",
@@ -489,8 +509,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--warmup-epochs",
         type=common.nonnegative_float,
-        default=10.0,
-        help="epochs of linear warm-up",
+        help="epochs of linear warm-up (default: a tenth of --epochs, at most 10)",
     )
     add(
         "--weight-decay",
@@ -523,9 +542,12 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
     parser = build_parser()
     parser.set_defaults(**preset or {})
     args = parser.parse_args(argv)
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(10, args.epochs / 10)
     if args.lr is None:
         power = {"linear": 1, "sqrt": 0.5}[args.lr_rule]
-        args.lr = PEAK_LR[args.optimizer] * (args.batch_size / 4096) ** power
+        rates = SMALL_PEAK_LR if args.arch == "small" else PEAK_LR
+        args.lr = rates[args.optimizer] * (args.batch_size / 4096) ** power
     if args.out is None:
         args.out = Path("runs", f"simclr-{Path(args.data).absolute().name}")
     return args
@@ -548,7 +570,12 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     images, bank, test, watched = common.load_splits(
         args.data, args.root, args.limit, device, args.workers, args.stream, args.holdout
     )
-    args = parse_arguments(argv, PRESETS.get(args.data))  # again, with the defaults for this data
+    side = args.image_size or images.side
+    preset = args.preset or common.choose_preset(args.data, side, len(images))
+    defaults = {"batch_size": common.default_batch_size(len(images))} | PRESETS[preset]
+    args = parse_arguments(argv, defaults | {"preset": preset})  # again, with these defaults
+    used = {name: value for name, value in defaults.items() if vars(args)[name] == value}
+    accelerator.print(common.describe_preset(preset, used))
     args.image_size = args.image_size or images.side
     args.stem = args.stem or ("3x3" if args.image_size <= 64 else "7x7")
     names = [name for name in OPERATIONS if name != "blur" or args.image_size > 64]
@@ -567,6 +594,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         encoder, _ = common.load_encoder(args.init, architecture=args.arch, stem=args.stem)
     else:
         encoder = common.build_encoder(args.arch, args.stem)
+    args.hidden = args.hidden or encoder.width
     head = projection_head(encoder.width, args.head_layers, args.hidden, args.dim)
     network = nn.Sequential(encoder, head).to(device, memory_format=torch.channels_last)
     if processes > 1 and device.type == "cuda":

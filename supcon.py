@@ -33,16 +33,17 @@ Differences from the paper and the authors' code:
 - Inputs are normalized, as in the authors' PyTorch code, but with ImageNet's mean and standard
   deviation for all data (--normalize).
 - The augmentation is SimCLR's. Cross-entropy is trained on the same two views.
-- The defaults are for small batches: batch size 256, 100 epochs and a head of width 512.
+- The defaults depend on the images (`PRESETS`). Those of --preset paper are the authors', but with
+  batch size 256.
 - --label-noise changes the labels for training only. The evaluation uses the true ones.
 - On CPUs each process has its own batch norm statistics, because PyTorch synchronizes them only on
   GPUs.
 
 The authors' experiments, with the accuracy that they report. They were not run here:
-- CIFAR-10 (96.0 %; cross-entropy 95.0 %): --data cifar10 --arch resnet50 --hidden 2048
+- CIFAR-10 (96.0 %; cross-entropy 95.0 %): --data cifar10 --preset paper --arch resnet50
   --batch-size 1024 --epochs 1000 --normalize cifar10
-- ImageNet (78.7 %, theirs with LARS): --data FOLDER --arch resnet50 --hidden 2048
-  --batch-size 4096 --epochs 350 --eval-every 20
+- ImageNet (78.7 %, theirs with LARS): --data FOLDER --preset paper --arch resnet50
+  --batch-size 4096 --eval-every 20
 
 How to adapt it:
 - Your own encoder: add it to `common.build_encoder`, under a name in `common.ARCHITECTURES`. It
@@ -70,17 +71,31 @@ from torch import Tensor, nn
 import common
 from common import ColorJitter, GaussianBlur, RandomApply, RandomResizedCrop, grayscale
 
-# Defaults that depend on the data. Flags given on the command line take precedence.
+# Defaults that depend on the data; see `common.choose_preset`. Flags given on the command line take
+# precedence.
 PRESETS = {
     "fashion-mini": {
+        "batch_size": 256,
         "arch": "small",
+        "hidden": 512,
         "epochs": 36,
         "optimizer": "adamw",
         "warmup_epochs": 1.0,
     },
+    "small": {
+        "optimizer": "adamw",
+    },
+    "photos": {
+        "optimizer": "adamw",
+    },
+    "paper": {
+        "batch_size": 256,
+        "epochs": 350,
+    },
 }
 OPERATIONS = ("crop", "color", "gray", "blur")
-PEAK_LR = {"sgd": 0.125, "adamw": 0.004}  # at batch size 256
+PEAK_LR = {"sgd": 0.125, "adamw": 0.001}  # at batch size 256
+SMALL_PEAK_LR = PEAK_LR | {"adamw": 0.004}  # for --arch small, which takes a higher one
 # Shown besides loss, chance, spread and speed, for each --loss.
 CONSOLE_METRICS = {"out": ("knn",), "in": ("knn",), "ce": ("knn", "classifier")}
 MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
@@ -386,16 +401,16 @@ def save_run(out: Path, state: dict) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line, with the defaults for data without a preset."""
+    """The command line, with the defaults that no preset changes."""
     parser = argparse.ArgumentParser(
         "supcon.py",
         description="Pretrain an image encoder with labels, by SupCon or cross-entropy.",
-        epilog=common.describe_presets(PRESETS),
         formatter_class=common.HelpFormatter,
         allow_abbrev=False,
     )
     parser.error = common.fail
     common.add_data_arguments(parser)
+    common.add_preset_argument(parser, PRESETS)
 
     add = parser.add_argument_group("model").add_argument
     add("--arch", choices=common.ARCHITECTURES, default="resnet18", help="encoder f")
@@ -411,7 +426,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="mean and standard deviation with which the inputs are normalized",
     )
     add("--head-layers", type=int, choices=(1, 2, 3), default=2, help="layers of the head")
-    add("--hidden", type=common.positive_int, default=512, help="width of the head's inner layers")
+    add(
+        "--hidden",
+        type=common.positive_int,
+        help="width of the head's inner layers (default: the encoder's width)",
+    )
     add("--dim", type=common.positive_int, default=128, help="dimensions of z")
 
     add = parser.add_argument_group("method").add_argument
@@ -463,7 +482,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--batch-size",
         type=common.int_above_1,
         default=256,
-        help="images per step, over all processes",
+        help="images per step, over all processes; by default fewer in sets below 16,384",
     )
     add(
         "--chunk-size",
@@ -479,8 +498,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--warmup-epochs",
         type=common.nonnegative_float,
-        default=10.0,
-        help="epochs of linear warm-up",
+        help="epochs of linear warm-up (default: a tenth of --epochs, at most 10)",
     )
     add(
         "--weight-decay",
@@ -515,8 +533,11 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
     args = parser.parse_args(argv)
     if args.loss == "ce" and args.max_positives:
         common.fail("--max-positives is for --loss out and in")
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(10, args.epochs / 10)
     if args.lr is None:
-        args.lr = PEAK_LR[args.optimizer] * args.batch_size / 256
+        rates = SMALL_PEAK_LR if args.arch == "small" else PEAK_LR
+        args.lr = rates[args.optimizer] * args.batch_size / 256
     if args.out is None:
         args.out = Path("runs", f"supcon-{Path(args.data).absolute().name}")
     return args
@@ -552,7 +573,12 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             "per class, or a data set"
         )
     classes = len(images.classes)
-    args = parse_arguments(argv, PRESETS.get(args.data))  # again, with the defaults for this data
+    side = args.image_size or images.side
+    preset = args.preset or common.choose_preset(args.data, side, len(images))
+    defaults = {"batch_size": common.default_batch_size(len(images))} | PRESETS[preset]
+    args = parse_arguments(argv, defaults | {"preset": preset})  # again, with these defaults
+    used = {name: value for name, value in defaults.items() if vars(args)[name] == value}
+    accelerator.print(common.describe_preset(preset, used))
     args.image_size = args.image_size or images.side
     args.stem = args.stem or ("3x3" if args.image_size <= 64 else "7x7")
     names = [name for name in OPERATIONS if name != "blur" or args.image_size > 64]
@@ -579,6 +605,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         encoder, _ = common.load_encoder(args.init, architecture=args.arch, stem=args.stem)
     else:
         encoder = common.build_encoder(args.arch, args.stem)
+    args.hidden = args.hidden or encoder.width
     head_widths = [args.hidden] * (args.head_layers - 1) + [args.dim]
     head = torchvision.ops.MLP(encoder.width, head_widths)
     if args.loss == "ce":

@@ -8,7 +8,7 @@ Caron, Misra, Mairal, Goyal, Bojanowski and Joulin, NeurIPS 2020, https://arxiv.
 
     python swav.py                                      # the bundled images, on a laptop
     accelerate launch --num_processes 1 --mixed_precision bf16 swav.py --data cifar10
-    accelerate launch --multi_gpu --num_processes 8 swav.py --data FOLDER --prototypes 3000
+    accelerate launch --multi_gpu --num_processes 8 swav.py --data FOLDER --arch resnet50
 
 The run is kept in --out. It can be stopped at any time; the same command resumes it from its last
 checkpoint, and it ends as if it had never been stopped.
@@ -27,8 +27,8 @@ Differences from the paper and the authors' code:
   processes; the authors' code reduces sums over the processes instead.
 - The loss is a mean over codes and crops, as in the authors' code; Eq. 6 is a sum.
 - How long the prototypes stay frozen is set in epochs, not in steps.
-- The defaults are for small images and sets: 512 prototypes (in the paper 3,000), a hidden layer of
-  512 (2048), small crops of 9/16 of the large ones' side (3/7), and no blur up to 64 pixels.
+- The defaults depend on the images (`PRESETS`). Those of --preset paper are the authors' for batch
+  size 256. Up to 64 pixels, small crops have 9/16 of the large ones' side (3/7), without blur.
 - Inputs are normalized with ImageNet's mean and standard deviation (--normalize). In the authors'
   code the deviation of red is 0.228, not the usual 0.229.
 - The default peak of the learning rate grows with the batch size to the power 3/4, which gives the
@@ -37,8 +37,7 @@ Differences from the paper and the authors' code:
   GPUs.
 
 The authors' experiments, with the linear accuracy that they report. They were not run here:
-- ImageNet, batch size 256 (72.7 %): --data FOLDER --arch resnet50 --hidden 2048 --prototypes 3000
-  --epochs 200 --eval-every 20
+- ImageNet, batch size 256 (72.7 %): --data FOLDER --preset paper --arch resnet50 --eval-every 20
 - ImageNet, 64 GPUs (75.3 %): the same with --batch-size 4096 --warmup-epochs 10 --queue-size 0
   --epochs 800
 
@@ -67,10 +66,13 @@ from torch import Tensor, nn
 import common
 from common import ColorJitter, GaussianBlur, RandomApply, RandomResizedCrop, grayscale
 
-# Defaults that depend on the data. Flags given on the command line take precedence.
+# Defaults that depend on the data; see `common.choose_preset`. Flags given on the command line take
+# precedence.
 PRESETS = {
     "fashion-mini": {
+        "batch_size": 256,
         "arch": "small",
+        "hidden": 512,
         "prototypes": 256,
         "epsilon": 0.03,
         "queue_size": 0,
@@ -81,9 +83,24 @@ PRESETS = {
         "warmup_epochs": 2.0,
         "weight_decay": 1e-4,
     },
+    "small": {
+        "optimizer": "adamw",
+        "weight_decay": 1e-4,
+    },
+    "photos": {
+        "optimizer": "adamw",
+        "weight_decay": 1e-4,
+    },
+    "paper": {
+        "batch_size": 256,
+        "epochs": 200,
+        "prototypes": 3000,
+        "warmup_epochs": 0.0,
+    },
 }
 OPERATIONS = ("crop", "color", "gray", "blur")
-PEAK_LR = {"larc": 0.6, "sgd": 0.05, "adamw": 0.004}  # at batch size 256
+PEAK_LR = {"larc": 0.6, "sgd": 0.05, "adamw": 0.001}  # at batch size 256
+SMALL_PEAK_LR = PEAK_LR | {"adamw": 0.004}  # for --arch small, which takes a higher one
 CONSOLE_METRICS = ("prototypes", "knn")  # shown besides loss, chance, spread and speed
 MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
 SAVE_MINUTES = 10  # A longer epoch also saves checkpoints midway.
@@ -443,16 +460,16 @@ def save_prototypes(
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line, with the defaults for data without a preset."""
+    """The command line, with the defaults that no preset changes."""
     parser = argparse.ArgumentParser(
         "swav.py",
         description="Pretrain an image encoder with SwAV.",
-        epilog=common.describe_presets(PRESETS),
         formatter_class=common.HelpFormatter,
         allow_abbrev=False,
     )
     parser.error = common.fail
     common.add_data_arguments(parser)
+    common.add_preset_argument(parser, PRESETS)
 
     add = parser.add_argument_group("model").add_argument
     add("--arch", choices=common.ARCHITECTURES, default="resnet18", help="encoder f")
@@ -468,7 +485,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="mean and standard deviation with which the inputs are normalized",
     )
     add("--head-layers", type=int, choices=(1, 2, 3), default=2, help="layers of the head")
-    add("--hidden", type=common.positive_int, default=512, help="width of the head's inner layers")
+    add(
+        "--hidden",
+        type=common.positive_int,
+        help="width of the head's inner layers (default: the encoder's width)",
+    )
     add("--dim", type=common.positive_int, default=128, help="dimensions of z")
 
     add = parser.add_argument_group("method").add_argument
@@ -547,7 +568,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--batch-size",
         type=common.int_above_1,
         default=256,
-        help="images per step, over all processes",
+        help="images per step, over all processes; by default fewer in sets below 16,384",
     )
     add("--optimizer", choices=PEAK_LR, default="larc", help="algorithm that updates the weights")
     add(
@@ -558,8 +579,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--warmup-epochs",
         type=common.nonnegative_float,
-        default=0.0,
-        help="epochs of linear warm-up",
+        help="epochs of linear warm-up (default: a tenth of --epochs, at most 10)",
     )
     add(
         "--weight-decay",
@@ -592,8 +612,11 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
     parser = build_parser()
     parser.set_defaults(**preset or {})
     args = parser.parse_args(argv)
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(10, args.epochs / 10)
     if args.lr is None:
-        args.lr = PEAK_LR[args.optimizer] * (args.batch_size / 256) ** 0.75
+        rates = SMALL_PEAK_LR if args.arch == "small" else PEAK_LR
+        args.lr = rates[args.optimizer] * (args.batch_size / 256) ** 0.75
     if args.out is None:
         args.out = Path("runs", f"swav-{Path(args.data).absolute().name}")
     return args
@@ -638,7 +661,12 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     images, bank, test, watched = common.load_splits(
         args.data, args.root, args.limit, device, args.workers, args.stream, args.holdout
     )
-    args = parse_arguments(argv, PRESETS.get(args.data))  # again, with the defaults for this data
+    side = args.crop_sizes[0] if args.crop_sizes else images.side
+    preset = args.preset or common.choose_preset(args.data, side, len(images))
+    defaults = {"batch_size": common.default_batch_size(len(images))} | PRESETS[preset]
+    args = parse_arguments(argv, defaults | {"preset": preset})  # again, with these defaults
+    used = {name: value for name, value in defaults.items() if vars(args)[name] == value}
+    accelerator.print(common.describe_preset(preset, used))
     args.crop_sizes = args.crop_sizes or default_crop_sizes(images.side)[: len(args.crops)]
     size = args.crop_sizes[0]
     args.stem = args.stem or ("3x3" if size <= 64 else "7x7")
@@ -668,6 +696,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         encoder, _ = common.load_encoder(args.init, architecture=args.arch, stem=args.stem)
     else:
         encoder = common.build_encoder(args.arch, args.stem)
+    args.hidden = args.hidden or encoder.width
     head_widths = [args.hidden] * (args.head_layers - 1) + [args.dim]
     mean, std = common.STATISTICS[args.normalize]
     normalize = common.Normalize(mean, std)

@@ -33,7 +33,7 @@ TIMES = ("images_per_s", "minutes_left", "wait")  # metrics that differ from run
 
 # With these flags a run ends in about a second on images of 12 pixels.
 BRIEF = ["--epochs", "2", "--workers", "1", "--eval-every", "1"]
-TINY = [*BRIEF, "--arch", "small", "--batch-size", "4", "--warmup-epochs", "1"]
+TINY = [*BRIEF, "--preset", "paper", "--arch", "small", "--batch-size", "4", "--warmup-epochs", "1"]
 TINY += ["--hidden", "16", "--dim", "8"]
 TINY_DRLIM = [*BRIEF, "--batch-size", "9", "--neighbours", "2"]
 OWN = {

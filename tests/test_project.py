@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import METHODS, ROOT, arguments
+from conftest import METHODS, ROOT, arguments, settings
 
 import common
 import drlim
@@ -215,12 +215,71 @@ def test_presets_name_flags_and_have_values_that_these_allow(module):
                     )
 
 
+@pytest.mark.parametrize(
+    ("data", "side", "images", "preset"),
+    [
+        ("fashion-mini", 28, 10_000, "fashion-mini"),
+        ("cifar10", 32, 50_000, "small"),
+        ("FOLDER", 64, 1_000_000, "small"),
+        ("FOLDER", 65, 99_999, "photos"),
+        ("FOLDER", 224, 100_000, "paper"),
+    ],
+)
+def test_the_preset_follows_the_images(data, side, images, preset):
+    assert common.choose_preset(data, side, images) == preset
+
+
+@pytest.mark.parametrize(
+    ("images", "batch_size"),
+    [(20, 32), (1000, 32), (4096, 64), (10_000, 128), (16_383, 128), (16_384, 256), (10**6, 256)],
+)
+def test_small_sets_have_small_batches(images, batch_size):
+    assert common.default_batch_size(images) == batch_size
+
+
+@pytest.mark.parametrize("method", METHODS[:-1])
+def test_a_run_takes_its_preset_from_the_images_and_flags_win(method, few, tmp_path, capsys):
+    module = sys.modules[method]
+    words = arguments(method, few, "OUT", "--max-steps 1")
+    del words[words.index("--preset") : words.index("--preset") + 2]
+    large = ["--crops", "2", "--crop-sizes", "80"] if method == "swav" else ["--image-size", "80"]
+
+    def used(*flags):
+        out = tmp_path / "".join(flags)
+        module.main([*words, *flags, "--out", str(out)])
+        [line] = [line for line in capsys.readouterr().out.splitlines() if "defaults for" in line]
+        return settings(out)["preset"], settings(out)["optimizer"], "--optimizer adamw" in line
+
+    assert used() == ("small", "adamw", True)
+    assert used("--optimizer", "sgd") == ("small", "sgd", False)
+    assert used(*large) == ("photos", "adamw", True)
+    optimizer = module.build_parser().get_default("optimizer")
+    assert used("--preset", "paper") == ("paper", optimizer, False)
+
+
+@pytest.mark.parametrize("module", MODULES[:4], ids=SCRIPTS[:4])
+def test_the_warm_up_is_a_tenth_of_the_epochs_up_to_ten(module):
+    small = module.PRESETS["small"]
+    for epochs, warmup in (("40", 4), ("100", 10), ("800", 10)):
+        assert module.parse_arguments(["--epochs", epochs], small).warmup_epochs == warmup
+    assert module.parse_arguments(["--warmup-epochs", "0"], small).warmup_epochs == 0
+
+
+@pytest.mark.parametrize("method", METHODS[:-1])
+def test_the_head_is_as_wide_as_the_encoder(method, few, tmp_path):
+    words = arguments(method, few, tmp_path / "run", "--max-steps 1")
+    del words[words.index("--hidden") : words.index("--hidden") + 2]
+    sys.modules[method].main(words)
+    assert settings(tmp_path / "run")["hidden"] == common.build_encoder("small").width
+
+
 def test_help_shows_presets_and_defaults(capsys):
     with pytest.raises(SystemExit):
         simclr.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "With --data fashion-mini the defaults are: arch small, crop-scale 0.2" in text
-    assert "images per step, over all processes (default: 256)" in text
+    assert "the bundled images (--preset fashion-mini): --arch small" in text
+    assert "(--preset paper): --color-strength 1.0 --temperature 0.1" in text
+    assert "fewer in sets below 16,384 (default: 256)" in text
     assert "random seed of weights and views (default: 0)" in text
     assert "(default: None)" not in text and "(default: False)" not in text
 
