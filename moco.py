@@ -88,10 +88,12 @@ PRESETS = {
     },
     "small": {
         "key_momentum": 0.99,
+        "temperature": 0.1,
         "optimizer": "adamw",
     },
     "photos": {
         "key_momentum": 0.99,
+        "temperature": 0.1,
         "optimizer": "adamw",
     },
     "paper": {
@@ -121,7 +123,7 @@ SMALL_PEAK_LR = PEAK_LR | {"adamw": 0.006}  # for --arch small, which takes a hi
 CONSOLE_METRICS = ("knn",)  # shown besides loss, chance, spread and speed
 MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
 SAVE_MINUTES = 10  # A longer epoch also saves checkpoints midway.
-RUN_FORMAT = 3  # of the files in --out; runs of another format are refused
+RUN_FORMAT = 4  # of the files in --out; runs of another format are refused
 
 
 # --------------------------------------------------------------------------------------

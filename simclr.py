@@ -99,7 +99,7 @@ SMALL_PEAK_LR = PEAK_LR | {"adamw": 0.016}  # for --arch small, which takes a hi
 CONSOLE_METRICS = ("knn",)  # shown besides loss, chance, spread and speed
 MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
 SAVE_MINUTES = 10  # A longer epoch also saves checkpoints midway.
-RUN_FORMAT = 3  # of the files in --out; runs of another format are refused
+RUN_FORMAT = 4  # of the files in --out; runs of another format are refused
 
 
 # --------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ SMALL_PEAK_LR = PEAK_LR | {"adamw": 0.004}  # for --arch small, which takes a hi
 CONSOLE_METRICS = {"out": ("knn",), "in": ("knn",), "ce": ("knn", "classifier")}
 MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
 SAVE_MINUTES = 10  # A longer epoch also saves checkpoints midway.
-RUN_FORMAT = 3  # of the files in --out; runs of another format are refused
+RUN_FORMAT = 4  # of the files in --out; runs of another format are refused
 
 
 # --------------------------------------------------------------------------------------

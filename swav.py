@@ -84,10 +84,18 @@ PRESETS = {
         "weight_decay": 1e-4,
     },
     "small": {
+        "epsilon": 0.01,
+        "queue_size": 0,
+        "crops": [2],  # At 32 pixels, small crops cost time and bring nothing.
+        "crop_scales": [0.2, 1.0, 0.05, 0.2],
+        "color_strength": 0.5,
         "optimizer": "adamw",
         "weight_decay": 1e-4,
     },
     "photos": {
+        "epsilon": 0.01,
+        "queue_size": 0,
+        "color_strength": 0.5,
         "optimizer": "adamw",
         "weight_decay": 1e-4,
     },
@@ -104,7 +112,7 @@ SMALL_PEAK_LR = PEAK_LR | {"adamw": 0.004}  # for --arch small, which takes a hi
 CONSOLE_METRICS = ("prototypes", "knn")  # shown besides loss, chance, spread and speed
 MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
 SAVE_MINUTES = 10  # A longer epoch also saves checkpoints midway.
-RUN_FORMAT = 3  # of the files in --out; runs of another format are refused
+RUN_FORMAT = 4  # of the files in --out; runs of another format are refused
 
 
 # --------------------------------------------------------------------------------------
@@ -493,7 +501,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dim", type=common.positive_int, default=128, help="dimensions of z")
 
     add = parser.add_argument_group("method").add_argument
-    add("--prototypes", type=common.int_above_1, default=512, help="number of prototypes, K")
+    add(
+        "--prototypes",
+        type=common.int_above_1,
+        help="number of prototypes, K (default: that of the images in a step, at most 3,000)",
+    )
     add(
         "--freeze-prototypes",
         type=common.nonnegative_float,
@@ -612,6 +624,8 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
     parser = build_parser()
     parser.set_defaults(**preset or {})
     args = parser.parse_args(argv)
+    if args.prototypes is None:
+        args.prototypes = min(3000, args.batch_size)
     if args.warmup_epochs is None:
         args.warmup_epochs = min(10, args.epochs / 10)
     if args.lr is None:
