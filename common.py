@@ -435,9 +435,9 @@ def describe_preset(name: str, defaults: dict) -> str:
     """One line on a preset: the data that it is for, and the defaults that it gives."""
     kind = {
         "fashion-mini": "the bundled images",
-        "small": "small images, up to 64 pixels",
-        "photos": "large images in a set below 100,000",
-        "paper": "large images in a large set, the paper's",
+        "small": "small images (up to 64 pixels)",
+        "photos": "large images in a small set (below 100,000)",
+        "paper": "large images in a large set, as in the paper",
     }[name]
     flags = []
     for flag, value in defaults.items():

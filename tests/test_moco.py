@@ -320,16 +320,16 @@ def test_enqueue_writes_over_the_oldest_keys():
 
 
 def test_versions_set_what_the_papers_did_and_flags_win():
-    v1, v2 = (parse_arguments(["--data", "cifar10", "--version", v]) for v in ("v1", "v2"))
+    paper = PRESETS["paper"]
+    v1, v2 = (parse_arguments(["--version", v], paper) for v in ("v1", "v2"))
     assert (v1.head_layers, v1.schedule, v1.temperature) == (1, "steps", 0.07)
     assert (v2.head_layers, v2.schedule, v2.temperature) == (2, "cosine", 0.2)
     assert v1.jitter == [0.4, 0.4, 0.4, 0.4, 1.0] and v2.jitter == [0.4, 0.4, 0.4, 0.1, 0.8]
     for v in (v1, v2):
         assert (v.lr, v.weight_decay, v.optimizer, v.key_momentum) == (0.03, 1e-4, "sgd", 0.999)
         assert (v.crop_scale, v.dim, v.batch_size, v.warmup_epochs) == (0.2, 128, 256, 0)
-    mixed = parse_arguments(
-        ["--data", "cifar10", "--version", "v1", "--head-layers", "2", "--batch-size", "512"]
-    )
+        assert v.epochs == 200
+    mixed = parse_arguments(["--version", "v1", "--head-layers", "2", "--batch-size", "512"], paper)
     assert (mixed.head_layers, mixed.temperature, mixed.lr) == (2, 0.07, 0.06)
     preset = PRESETS["fashion-mini"]
     bundled = parse_arguments([], preset)

@@ -240,10 +240,14 @@ def test_a_preset_replaces_defaults_and_flags_replace_the_preset():
     preset = PRESETS["fashion-mini"]
     assert parse_arguments([], preset).arch == "small"
     assert parse_arguments(["--arch", "resnet34"], preset).arch == "resnet34"
-    plain = parse_arguments(["--data", "cifar10"])
+    plain = parse_arguments([], PRESETS["paper"])
     assert (plain.arch, plain.optimizer, plain.crop_scale) == ("resnet18", "lars", 0.08)
     assert plain.lr == pytest.approx(4.8 * (256 / 4096) ** 0.5)
+    assert (plain.temperature, plain.color_strength, plain.epochs) == (0.1, 1.0, 100)
     assert parse_arguments([], preset).lr == pytest.approx(0.016 * (256 / 4096) ** 0.5)
+    # A ResNet takes a lower rate than the small network.
+    larger = parse_arguments(["--arch", "resnet34"], preset)
+    assert larger.lr == pytest.approx(0.004 * (256 / 4096) ** 0.5)
 
 
 def test_a_huge_learning_rate_ends_in_one_line(few, tmp_path, capsys):

@@ -448,7 +448,7 @@ def test_prototypes_png_shows_the_images_nearest_to_some(few, tmp_path, monkeypa
 def test_too_many_prototypes_are_warned_of_at_the_start(few, tmp_path, capsys, more, warned):
     run(few, tmp_path / "run", more)
     printed = capsys.readouterr().out
-    assert printed.startswith("warning: 4 images per step") == warned
+    assert printed.splitlines()[1].startswith("warning: 4 images per step") == warned
     assert ("too few to share" in printed) == warned
 
 
@@ -481,14 +481,27 @@ def test_a_loss_that_stays_at_chance_is_warned_of_not_one_that_passes_it(
     assert ("the codes collapse" in capsys.readouterr().out) == warned
 
 
-def test_defaults_are_the_papers_but_for_few_prototypes():
-    args = parse_arguments(["--data", "cifar10"])
+def test_the_papers_preset_has_its_settings_for_batches_of_256():
+    args = parse_arguments([], PRESETS["paper"])
     assert (args.crops, args.crop_scales) == ([2, 6], [0.14, 1.0, 0.05, 0.14])
     assert (args.epsilon, args.temperature, args.dim) == (0.05, 0.1, 128)
     assert (args.optimizer, args.weight_decay, args.freeze_prototypes) == ("larc", 1e-6, 1)
     assert (args.queue_size, args.queue_start, args.head_layers) == (3840, 15, 2)
+    assert (args.batch_size, args.epochs, args.prototypes, args.warmup_epochs) == (
+        256,
+        200,
+        3000,
+        0,
+    )
+    assert args.lr == pytest.approx(0.6)
     bundled = parse_arguments([], PRESETS["fashion-mini"])
     assert bundled.arch == "small" and parse_arguments(["--crops", "2"]).crops == [2]
+
+
+@pytest.mark.parametrize(("batch_size", "prototypes"), [("128", 128), ("4096", 3000)])
+def test_by_default_a_step_has_an_image_for_each_prototype(batch_size, prototypes):
+    args = parse_arguments(["--batch-size", batch_size], PRESETS["small"])
+    assert args.prototypes == prototypes
 
 
 def test_fewer_crops_take_the_first_sizes_and_scales(few, tmp_path, seen):
