@@ -198,7 +198,7 @@ def lightly_block(folder: str, batch: int) -> Callable[[], float]:
 def against_lightly(folder: str, turns: int) -> None:
     """simclr.py and lightly's SimCLR: the same images, encoder, batch and workers, in turns."""
     argv = ["--data", f"{folder}/images", "--out", f"{folder}/simclr", "--stem", "7x7"]
-    argv += ["--batch-size", "256", "--epochs", "1", "--optimizer", "sgd", "--color-strength", "1"]
+    argv += ["--batch-size", "256", "--epochs", "1", "--optimizer", "sgd", "--preset", "paper"]
     ready = torch.rand(512, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     others = {
         "lightly": lightly_block(f"{folder}/images", 256),
@@ -354,7 +354,7 @@ def negatives(folder: str) -> None:
             out = f"{folder}/{script}{value}"
             argv = [sys.executable, scripts / f"{script}.py", "--data", f"{folder}/images"]
             argv += ["--stem", "7x7", "--epochs", "2", "--limit", "2048", "--warmup-epochs", "0"]
-            argv += ["--out", out, flag, str(value)]
+            argv += ["--preset", "paper", "--out", out, flag, str(value)]
             child = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
             _, status, usage = os.wait4(child.pid, 0)
             assert status == 0
@@ -385,6 +385,7 @@ def chunks(folder: str) -> None:
             out = f"{folder}/simclr{batch}{len(more)}"
             argv = [sys.executable, script, "--data", f"{folder}/images/train", "--stem", "7x7"]
             argv += ["--batch-size", str(batch), "--max-steps", "2", "--warmup-epochs", "0"]
+            argv += ["--preset", "paper"]
             child = subprocess.Popen([*argv, "--out", out, *more], stdout=subprocess.DEVNULL)
             _, status, usage = os.wait4(child.pid, 0)
             what = f"batch {batch}, {'in chunks of 256' if more else 'at once'}"
@@ -462,7 +463,8 @@ if __name__ == "__main__":
         for script in [s for s in WORK if args.only in (None, s.__name__)]:
             argv = ["--data", f"{folder}/images", "--out", f"{folder}/{script.__name__}"]
             argv += ["--stem", "7x7", "--batch-size", "256", "--epochs", "1"]
-            argv += ["--queue-start", "0"] if script is swav else []
+            argv += ["--preset", "paper"]
+            argv += ["--prototypes", "512", "--queue-start", "0"] if script is swav else []
             end_to_end(script, argv, 256, turns)
         if args.only:
             sys.exit()
