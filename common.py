@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import sys
+import textwrap
 import time
 import traceback
 from abc import ABC, abstractmethod
@@ -336,7 +337,11 @@ def check_agreement(settings: dict) -> None:
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Shows the default of every flag that has one."""
+    """Shows the default of every flag that has one, and keeps the lines of the epilog."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines = text.splitlines()
+        return "\n".join(textwrap.fill(line, width, break_on_hyphens=False) for line in lines)
 
     def _get_help_string(self, action: argparse.Action) -> str:
         if action.default is None or action.default is False or action.dest == "help":
@@ -405,7 +410,7 @@ def add_preset_argument(parser: argparse.ArgumentParser, presets: dict[str, dict
         choices=presets,
         help="defaults of the other flags (default: by the size and number of images; see below)",
     )
-    parser.epilog = " ".join(describe_preset(name, presets[name]) + "." for name in presets)
+    parser.epilog = "\n".join(describe_preset(name, presets[name]) for name in presets)
 
 
 def choose_preset(data: str, side: int, images: int) -> str:
@@ -420,30 +425,31 @@ def choose_preset(data: str, side: int, images: int) -> str:
         return data
     if side <= 64:
         return "small"
-    return "photos" if images < 100_000 else "paper"
+    return "photos" if images <= 100_000 else "paper"
 
 
 def default_batch_size(images: int) -> int:
-    """The largest power of two from 32 to 256 that leaves 64 steps in an epoch, or else 32.
+    """The largest power of two, up to 256, that leaves 64 steps in an epoch; but at least 32.
 
     In a small set, larger batches would leave too few steps to learn from.
     """
-    return max(32, min(256, 2 ** max(0, (images // 64).bit_length() - 1)))
+    power_of_two = 2 ** max(0, (images // 64).bit_length() - 1)
+    return min(images, max(32, min(256, power_of_two)))
 
 
 def describe_preset(name: str, defaults: dict) -> str:
     """One line on a preset: the data that it is for, and the defaults that it gives."""
     kind = {
         "fashion-mini": "the bundled images",
-        "small": "small images (up to 64 pixels)",
-        "photos": "large images in a small set (below 100,000)",
-        "paper": "large images in a large set, as in the paper",
+        "small": "small images, up to 64 pixels",
+        "photos": "larger images in a set of up to 100,000",
+        "paper": "large sets, as in the paper",
     }[name]
     flags = []
     for flag, value in defaults.items():
         values = value if isinstance(value, list) else [value]
         flags.append(" ".join([f"--{flag.replace('_', '-')}", *map(str, values)]))
-    return f"defaults for {kind} (--preset {name}): {' '.join(flags) or 'those of --help'}"
+    return f"defaults for {kind} (--preset {name}): {' '.join(flags) or 'none that differ'}"
 
 
 def check_batch_size(batch_size: int, available: int, processes: int, what: str = "images") -> None:

@@ -118,8 +118,8 @@ VERSIONS = {
     },
 }
 OPERATIONS = {"v1": ("crop", "gray", "color"), "v2": ("crop", "color", "gray", "blur")}
-PEAK_LR = {"sgd": 0.03, "adamw": 0.0005}  # at batch size 256; SGD's is the papers'
-SMALL_PEAK_LR = PEAK_LR | {"adamw": 0.006}  # for --arch small, which takes a higher one
+PEAK_LR = {"sgd": 0.03, "adamw": 0.00035}  # at batch size 256; SGD's is the papers'
+SMALL_NETWORK_PEAK_LR = PEAK_LR | {"adamw": 0.006}  # for --arch small, which takes a higher one
 CONSOLE_METRICS = ("knn",)  # shown besides loss, chance, spread and speed
 MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
 SAVE_MINUTES = 10  # A longer epoch also saves checkpoints midway.
@@ -439,7 +439,7 @@ def save_run(out: Path, state: dict) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line, with the defaults that no preset changes."""
+    """The command line, with the defaults where a preset gives no others."""
     parser = argparse.ArgumentParser(
         "moco.py",
         description="Pretrain an image encoder with MoCo.",
@@ -476,7 +476,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--version",
         choices=VERSIONS,
-        help="paper whose defaults are used, whatever the data (default: v2)",
+        help="paper whose head, augmentation, temperature and schedule are used, rather than the "
+        "preset's (default: v2, with what the preset changes)",
     )
     add(
         "--queue-size",
@@ -536,7 +537,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--batch-size",
         type=common.int_above_1,
         default=256,
-        help="images per step, over all processes; by default fewer in sets below 16,384",
+        help="images per step, over all processes; the small and photos presets take fewer in sets "
+        "below 16,384",
     )
     add("--optimizer", choices=PEAK_LR, default="sgd", help="algorithm that updates the weights")
     add(
@@ -547,7 +549,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--warmup-epochs",
         type=common.nonnegative_float,
-        help="epochs of linear warm-up (default: a tenth of --epochs, at most 10)",
+        help="epochs of linear warm-up (default: a tenth of the run, at most 10 epochs)",
     )
     add(
         "--weight-decay",
@@ -584,11 +586,10 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
     args.version = named or "v2"
     if args.jitter[3] > 0.5 or args.jitter[4] > 1:
         common.fail(f"--jitter {args.jitter}: the hue must be at most 0.5, the probability 1")
-    if args.warmup_epochs is None:
-        args.warmup_epochs = min(10, args.epochs / 10)
     if args.lr is None:
-        rates = SMALL_PEAK_LR if args.arch == "small" else PEAK_LR
-        args.lr = rates[args.optimizer] * args.batch_size / 256
+        rates = SMALL_NETWORK_PEAK_LR if args.arch == "small" else PEAK_LR
+        power = 0.5 if args.optimizer == "adamw" else 1
+        args.lr = rates[args.optimizer] * (args.batch_size / 256) ** power
     if args.out is None:
         args.out = Path("runs", f"moco-{Path(args.data).absolute().name}")
     return args
@@ -658,7 +659,9 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         )
     epoch_steps = len(images) // args.batch_size
     total_steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
-    warmup_steps = min(round(args.warmup_epochs * epoch_steps), total_steps - 1)
+    warmup_steps = min(10 * epoch_steps, total_steps // 10)
+    if args.warmup_epochs is not None:
+        warmup_steps = min(round(args.warmup_epochs * epoch_steps), total_steps - 1)
     epochs = math.ceil(total_steps / epoch_steps)
 
     # Model: f_q with its head; f_k begins as a copy of both and gets no gradients.

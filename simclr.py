@@ -76,15 +76,16 @@ PRESETS = {
         "epochs": 36,
         "optimizer": "adamw",
         "warmup_epochs": 2.0,
-        "weight_decay": 1e-4,
     },
     "small": {
+        "crop_scale": 0.2,
+        "temperature": 0.1,
         "optimizer": "adamw",
-        "weight_decay": 1e-4,
     },
     "photos": {
+        "crop_scale": 0.2,
+        "temperature": 0.1,
         "optimizer": "adamw",
-        "weight_decay": 1e-4,
     },
     "paper": {
         "batch_size": 256,
@@ -95,7 +96,7 @@ PRESETS = {
 OPERATIONS = ("crop", "color", "gray", "blur")
 # At batch size 4096. For LARS both rules agree there: 4.8 = 0.3 * 4096 / 256 = 0.075 * sqrt(4096).
 PEAK_LR = {"lars": 4.8, "sgd": 0.48, "adamw": 0.004}
-SMALL_PEAK_LR = PEAK_LR | {"adamw": 0.016}  # for --arch small, which takes a higher one
+SMALL_NETWORK_PEAK_LR = PEAK_LR | {"adamw": 0.016}  # for --arch small, which takes a higher one
 CONSOLE_METRICS = ("knn",)  # shown besides loss, chance, spread and speed
 MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
 SAVE_MINUTES = 10  # A longer epoch also saves checkpoints midway.
@@ -427,7 +428,7 @@ def save_run(out: Path, state: dict) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line, with the defaults that no preset changes."""
+    """The command line, with the defaults where a preset gives no others."""
     parser = argparse.ArgumentParser(
         "simclr.py",
         description="Pretrain an image encoder with SimCLR.",
@@ -487,7 +488,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--batch-size",
         type=common.int_above_1,
         default=256,
-        help="images per step, over all processes; by default fewer in sets below 16,384",
+        help="images per step, over all processes; the small and photos presets take fewer in sets "
+        "below 16,384",
     )
     add(
         "--chunk-size",
@@ -509,13 +511,12 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--warmup-epochs",
         type=common.nonnegative_float,
-        help="epochs of linear warm-up (default: a tenth of --epochs, at most 10)",
+        help="epochs of linear warm-up (default: a tenth of the run, at most 10 epochs)",
     )
     add(
         "--weight-decay",
         type=common.nonnegative_float,
-        default=1e-6,
-        help="weight decay of the optimizer",
+        help="weight decay of the optimizer (default: 1e-6, for adamw 1e-4)",
     )
     add("--seed", type=common.nonnegative_int, default=0, help="random seed of weights and views")
 
@@ -542,11 +543,11 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
     parser = build_parser()
     parser.set_defaults(**preset or {})
     args = parser.parse_args(argv)
-    if args.warmup_epochs is None:
-        args.warmup_epochs = min(10, args.epochs / 10)
+    if args.weight_decay is None:
+        args.weight_decay = 1e-4 if args.optimizer == "adamw" else 1e-6
     if args.lr is None:
         power = {"linear": 1, "sqrt": 0.5}[args.lr_rule]
-        rates = SMALL_PEAK_LR if args.arch == "small" else PEAK_LR
+        rates = SMALL_NETWORK_PEAK_LR if args.arch == "small" else PEAK_LR
         args.lr = rates[args.optimizer] * (args.batch_size / 4096) ** power
     if args.out is None:
         args.out = Path("runs", f"simclr-{Path(args.data).absolute().name}")
@@ -585,7 +586,9 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     common.check_chunk_size(args.chunk_size, args.batch_size // processes)
     epoch_steps = len(images) // args.batch_size
     total_steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
-    warmup_steps = min(round(args.warmup_epochs * epoch_steps), total_steps - 1)
+    warmup_steps = min(10 * epoch_steps, total_steps // 10)
+    if args.warmup_epochs is not None:
+        warmup_steps = min(round(args.warmup_epochs * epoch_steps), total_steps - 1)
     epochs = math.ceil(total_steps / epoch_steps)
 
     # Model: f and g in one module, so that a step is one forward pass.

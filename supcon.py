@@ -94,8 +94,8 @@ PRESETS = {
     },
 }
 OPERATIONS = ("crop", "color", "gray", "blur")
-PEAK_LR = {"sgd": 0.125, "adamw": 0.001}  # at batch size 256
-SMALL_PEAK_LR = PEAK_LR | {"adamw": 0.004}  # for --arch small, which takes a higher one
+PEAK_LR = {"sgd": 0.125, "adamw": 0.0007}  # at batch size 256
+SMALL_NETWORK_PEAK_LR = PEAK_LR | {"adamw": 0.004}  # for --arch small, which takes a higher one
 # Shown besides loss, chance, spread and speed, for each --loss.
 CONSOLE_METRICS = {"out": ("knn",), "in": ("knn",), "ce": ("knn", "classifier")}
 MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
@@ -401,7 +401,7 @@ def save_run(out: Path, state: dict) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line, with the defaults that no preset changes."""
+    """The command line, with the defaults where a preset gives no others."""
     parser = argparse.ArgumentParser(
         "supcon.py",
         description="Pretrain an image encoder with labels, by SupCon or cross-entropy.",
@@ -482,7 +482,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--batch-size",
         type=common.int_above_1,
         default=256,
-        help="images per step, over all processes; by default fewer in sets below 16,384",
+        help="images per step, over all processes; the small and photos presets take fewer in sets "
+        "below 16,384",
     )
     add(
         "--chunk-size",
@@ -498,7 +499,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--warmup-epochs",
         type=common.nonnegative_float,
-        help="epochs of linear warm-up (default: a tenth of --epochs, at most 10)",
+        help="epochs of linear warm-up (default: a tenth of the run, at most 10 epochs)",
     )
     add(
         "--weight-decay",
@@ -533,11 +534,10 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
     args = parser.parse_args(argv)
     if args.loss == "ce" and args.max_positives:
         common.fail("--max-positives is for --loss out and in")
-    if args.warmup_epochs is None:
-        args.warmup_epochs = min(10, args.epochs / 10)
     if args.lr is None:
-        rates = SMALL_PEAK_LR if args.arch == "small" else PEAK_LR
-        args.lr = rates[args.optimizer] * args.batch_size / 256
+        rates = SMALL_NETWORK_PEAK_LR if args.arch == "small" else PEAK_LR
+        power = 0.5 if args.optimizer == "adamw" else 1
+        args.lr = rates[args.optimizer] * (args.batch_size / 256) ** power
     if args.out is None:
         args.out = Path("runs", f"supcon-{Path(args.data).absolute().name}")
     return args
@@ -575,7 +575,12 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     classes = len(images.classes)
     side = args.image_size or images.side
     preset = args.preset or common.choose_preset(args.data, side, len(images))
-    defaults = {"batch_size": common.default_batch_size(len(images))} | PRESETS[preset]
+    batch_size = common.default_batch_size(len(images))
+    while batch_size < min(256, len(images) // 2) and share_alone(images.labels, batch_size) > 0.1:
+        batch_size *= (
+            2  # With many classes, a small batch leaves too many images without positives.
+        )
+    defaults = {"batch_size": batch_size} | PRESETS[preset]
     args = parse_arguments(argv, defaults | {"preset": preset})  # again, with these defaults
     used = {name: value for name, value in defaults.items() if vars(args)[name] == value}
     accelerator.print(common.describe_preset(preset, used))
@@ -595,7 +600,9 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         )
     epoch_steps = len(images) // args.batch_size
     total_steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
-    warmup_steps = min(round(args.warmup_epochs * epoch_steps), total_steps - 1)
+    warmup_steps = min(10 * epoch_steps, total_steps // 10)
+    if args.warmup_epochs is not None:
+        warmup_steps = min(round(args.warmup_epochs * epoch_steps), total_steps - 1)
     epochs = math.ceil(total_steps / epoch_steps)
 
     # Model: encoder and head (for cross-entropy, a classifier) in one module, so that a step is one

@@ -28,7 +28,8 @@ Differences from the paper and the authors' code:
 - The loss is a mean over codes and crops, as in the authors' code; Eq. 6 is a sum.
 - How long the prototypes stay frozen is set in epochs, not in steps.
 - The defaults depend on the images (`PRESETS`). Those of --preset paper are the authors' for batch
-  size 256. Up to 64 pixels, small crops have 9/16 of the large ones' side (3/7), without blur.
+  size 256. Images up to 64 pixels are not blurred, and their small crops, if there are any, have
+  9/16 of the large ones' side (3/7).
 - Inputs are normalized with ImageNet's mean and standard deviation (--normalize). In the authors'
   code the deviation of red is 0.228, not the usual 0.229.
 - The default peak of the learning rate grows with the batch size to the power 3/4, which gives the
@@ -81,7 +82,6 @@ PRESETS = {
         "epochs": 26,
         "optimizer": "adamw",
         "warmup_epochs": 2.0,
-        "weight_decay": 1e-4,
     },
     "small": {
         "epsilon": 0.01,
@@ -90,14 +90,12 @@ PRESETS = {
         "crop_scales": [0.2, 1.0, 0.05, 0.2],
         "color_strength": 0.5,
         "optimizer": "adamw",
-        "weight_decay": 1e-4,
     },
     "photos": {
         "epsilon": 0.01,
         "queue_size": 0,
         "color_strength": 0.5,
         "optimizer": "adamw",
-        "weight_decay": 1e-4,
     },
     "paper": {
         "batch_size": 256,
@@ -107,8 +105,8 @@ PRESETS = {
     },
 }
 OPERATIONS = ("crop", "color", "gray", "blur")
-PEAK_LR = {"larc": 0.6, "sgd": 0.05, "adamw": 0.001}  # at batch size 256
-SMALL_PEAK_LR = PEAK_LR | {"adamw": 0.004}  # for --arch small, which takes a higher one
+PEAK_LR = {"larc": 0.6, "sgd": 0.05, "adamw": 0.00085}  # at batch size 256
+SMALL_NETWORK_PEAK_LR = PEAK_LR | {"adamw": 0.004}  # for --arch small, which takes a higher one
 CONSOLE_METRICS = ("prototypes", "knn")  # shown besides loss, chance, spread and speed
 MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
 SAVE_MINUTES = 10  # A longer epoch also saves checkpoints midway.
@@ -468,7 +466,7 @@ def save_prototypes(
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line, with the defaults that no preset changes."""
+    """The command line, with the defaults where a preset gives no others."""
     parser = argparse.ArgumentParser(
         "swav.py",
         description="Pretrain an image encoder with SwAV.",
@@ -504,7 +502,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--prototypes",
         type=common.int_above_1,
-        help="number of prototypes, K (default: that of the images in a step, at most 3,000)",
+        help="number of prototypes, K (default: the batch size, at most 3000)",
     )
     add(
         "--freeze-prototypes",
@@ -580,7 +578,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--batch-size",
         type=common.int_above_1,
         default=256,
-        help="images per step, over all processes; by default fewer in sets below 16,384",
+        help="images per step, over all processes; the small and photos presets take fewer in sets "
+        "below 16,384",
     )
     add("--optimizer", choices=PEAK_LR, default="larc", help="algorithm that updates the weights")
     add(
@@ -591,13 +590,12 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--warmup-epochs",
         type=common.nonnegative_float,
-        help="epochs of linear warm-up (default: a tenth of --epochs, at most 10)",
+        help="epochs of linear warm-up (default: a tenth of the run, at most 10 epochs)",
     )
     add(
         "--weight-decay",
         type=common.nonnegative_float,
-        default=1e-6,
-        help="weight decay of the optimizer",
+        help="weight decay of the optimizer (default: 1e-6, for adamw 1e-4)",
     )
     add("--seed", type=common.nonnegative_int, default=0, help="random seed of weights and views")
 
@@ -626,11 +624,12 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
     args = parser.parse_args(argv)
     if args.prototypes is None:
         args.prototypes = min(3000, args.batch_size)
-    if args.warmup_epochs is None:
-        args.warmup_epochs = min(10, args.epochs / 10)
+    if args.weight_decay is None:
+        args.weight_decay = 1e-4 if args.optimizer == "adamw" else 1e-6
     if args.lr is None:
-        rates = SMALL_PEAK_LR if args.arch == "small" else PEAK_LR
-        args.lr = rates[args.optimizer] * (args.batch_size / 256) ** 0.75
+        rates = SMALL_NETWORK_PEAK_LR if args.arch == "small" else PEAK_LR
+        power = 0.5 if args.optimizer == "adamw" else 0.75
+        args.lr = rates[args.optimizer] * (args.batch_size / 256) ** power
     if args.out is None:
         args.out = Path("runs", f"swav-{Path(args.data).absolute().name}")
     return args
@@ -649,7 +648,7 @@ def build_recipes(args: argparse.Namespace) -> list[tuple[int, list]]:
     """
     least, largest = args.crop_scales[::2], args.crop_scales[1::2]
     count = len(args.crops)
-    matches = count <= len(args.crop_sizes) and count <= len(largest) and args.crops[0] >= 2
+    matches = count == len(args.crop_sizes) and count <= len(largest) and args.crops[0] >= 2
     if not matches or any(low > high for low, high in zip(least, largest, strict=False)):
         common.fail(
             "--crops, --crop-sizes and --crop-scales must have for each resolution a number of "
@@ -690,7 +689,9 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     common.check_batch_size(args.batch_size, len(images), processes)
     epoch_steps = len(images) // args.batch_size
     total_steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
-    warmup_steps = min(round(args.warmup_epochs * epoch_steps), total_steps - 1)
+    warmup_steps = min(10 * epoch_steps, total_steps // 10)
+    if args.warmup_epochs is not None:
+        warmup_steps = min(round(args.warmup_epochs * epoch_steps), total_steps - 1)
     epochs = math.ceil(total_steps / epoch_steps)
 
     # From these steps on the prototypes learn, the queue is filled, and the full queue is used.

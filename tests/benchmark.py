@@ -257,7 +257,7 @@ def waiting(photographs: str, folder: str) -> None:
     for size in (128, 224):
         out = f"{folder}/waiting-{size}"
         argv = ["--data", photographs, "--out", out, "--stream", "--image-size", str(size)]
-        argv += ["--batch-size", "64", "--epochs", "2", "--warmup-epochs", "1"]
+        argv += ["--batch-size", "64", "--epochs", "2", "--preset", "paper"]
         with contextlib.redirect_stdout(io.StringIO()):
             simclr.main(argv)
         row = json.loads(Path(out, "metrics.jsonl").read_text().splitlines()[-1])

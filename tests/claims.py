@@ -98,7 +98,7 @@ CLAIMS = {
         vary("supcon.py", "--loss", ["out", "in", "ce"]),
     ),
     "supcon-noise": Claim(
-        "SupCon stands wrong labels better than cross-entropy (SupCon, section 4.3).",
+        "SupCon tolerates wrong labels better than cross-entropy (SupCon, section 4.3).",
         vary("supcon.py --label-noise 0.4", "--loss", ["out", "in", "ce"]),
     ),
     "supcon-temperature": Claim(
@@ -120,9 +120,11 @@ def run_missing(name: str) -> None:
             print(f"python {' '.join(words)}", flush=True)
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, check=True)
-            kept.mkdir(parents=True)
+            copy = kept.with_name(f".{kept.name}")  # renamed when it is complete
+            copy.mkdir(parents=True, exist_ok=True)
             for file in KEPT:
-                shutil.copy(out / file, kept / file)
+                shutil.copy(out / file, copy / file)
+            copy.rename(kept)
 
 
 def read_runs(name: str, run: str) -> list[dict[str, float]]:

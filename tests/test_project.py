@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import METHODS, ROOT, arguments, settings
+from conftest import METHODS, ROOT, arguments, checkpoint, settings, write_folder
 
 import common
 import drlim
@@ -221,8 +221,8 @@ def test_presets_name_flags_and_have_values_that_these_allow(module):
         ("fashion-mini", 28, 10_000, "fashion-mini"),
         ("cifar10", 32, 50_000, "small"),
         ("FOLDER", 64, 1_000_000, "small"),
-        ("FOLDER", 65, 99_999, "photos"),
-        ("FOLDER", 224, 100_000, "paper"),
+        ("FOLDER", 65, 100_000, "photos"),
+        ("FOLDER", 224, 100_001, "paper"),
     ],
 )
 def test_the_preset_follows_the_images(data, side, images, preset):
@@ -231,7 +231,7 @@ def test_the_preset_follows_the_images(data, side, images, preset):
 
 @pytest.mark.parametrize(
     ("images", "batch_size"),
-    [(20, 32), (1000, 32), (4096, 64), (10_000, 128), (16_383, 128), (16_384, 256), (10**6, 256)],
+    [(20, 20), (1000, 32), (4096, 64), (10_000, 128), (16_383, 128), (16_384, 256), (10**6, 256)],
 )
 def test_small_sets_have_small_batches(images, batch_size):
     assert common.default_batch_size(images) == batch_size
@@ -257,28 +257,48 @@ def test_a_run_takes_its_preset_from_the_images_and_flags_win(method, few, tmp_p
     assert used("--preset", "paper") == ("paper", optimizer, False)
 
 
-@pytest.mark.parametrize("module", MODULES[:4], ids=SCRIPTS[:4])
-def test_the_warm_up_is_a_tenth_of_the_epochs_up_to_ten(module):
-    small = module.PRESETS["small"]
-    for epochs, warmup in (("40", 4), ("100", 10), ("800", 10)):
-        assert module.parse_arguments(["--epochs", epochs], small).warmup_epochs == warmup
-    assert module.parse_arguments(["--warmup-epochs", "0"], small).warmup_epochs == 0
-
-
 @pytest.mark.parametrize("method", METHODS[:-1])
-def test_the_head_is_as_wide_as_the_encoder(method, few, tmp_path):
-    words = arguments(method, few, tmp_path / "run", "--max-steps 1")
-    del words[words.index("--hidden") : words.index("--hidden") + 2]
-    sys.modules[method].main(words)
-    assert settings(tmp_path / "run")["hidden"] == common.build_encoder("small").width
+def test_without_flags_batch_warm_up_and_head_follow_the_images_and_the_encoder(
+    method, tmp_path, monkeypatch
+):
+    folder = write_folder(tmp_path / "images", train=24)
+    seen = {}
+    module = sys.modules[method]
+
+    def rate(step, steps, warmup, *others):
+        seen.update(steps=steps, warmup=warmup)
+        return 1e-3
+
+    monkeypatch.setattr(module, "learning_rate", rate)
+    words = (
+        f"--data {folder} --arch resnet18 --workers 1 --epochs 15 --eval-every 99 --max-steps 21"
+    )
+    words += " --crops 2" if method == "swav" else ""
+    words += " --queue-size 64" if method == "moco" else ""
+    module.main([*words.split(), "--out", str(tmp_path / "run")])
+    used = settings(tmp_path / "run")
+    assert (used["batch_size"], used["hidden"]) == (32, 512)
+    assert seen == {"steps": 21, "warmup": 2}  # a tenth of the steps
+    widths = [v.shape for v in checkpoint(tmp_path / "run")["model"].values() if v.ndim == 2]
+    assert (512, 512) in widths
+
+
+@pytest.mark.parametrize("module", [moco, swav, supcon], ids=["moco", "swav", "supcon"])
+def test_a_resnet_takes_a_lower_rate_that_grows_with_the_root_of_the_batch(module):
+    small = module.PRESETS["small"]
+    rates = {}
+    for words in ("", "--arch small", "--batch-size 64"):
+        rates[words] = module.parse_arguments(words.split(), small).lr
+    assert rates[""] == module.PEAK_LR["adamw"] < rates["--arch small"]
+    assert rates["--batch-size 64"] == rates[""] / 2
 
 
 def test_help_shows_presets_and_defaults(capsys):
     with pytest.raises(SystemExit):
         simclr.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "the bundled images (--preset fashion-mini): --arch small" in text
-    assert "(--preset paper): --color-strength 1.0 --temperature 0.1" in text
+    assert "the bundled images (--preset fashion-mini): --batch-size 256 --arch small" in text
+    assert "(--preset paper): --batch-size 256 --color-strength 1.0 --temperature 0.1" in text
     assert "fewer in sets below 16,384 (default: 256)" in text
     assert "random seed of weights and views (default: 0)" in text
     assert "(default: None)" not in text and "(default: False)" not in text
@@ -289,7 +309,7 @@ def test_flags_that_the_readme_names_exist():
     launchers |= {"--cpu", "--dynamo_backend", "--num_machines", "--shm-size", "--dist"}
     launchers |= {"--machine_rank", "--main_process_ip", "--main_process_port"}
     benchmark = {"--photographs", "--negatives", "--chunks", "--probe", "--only", "--turns"}
-    benchmark |= {"--against"}
+    benchmark |= {"--against", "--list"}  # and that of claims.py
     slurm = {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--requeue"}
     known = launchers | benchmark | slurm
     for module in MODULES:

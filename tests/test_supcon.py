@@ -2,12 +2,14 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import arguments, checkpoint, metrics, refused, start, write_folder
+from conftest import arguments, checkpoint, metrics, refused, settings, start, write_folder
 from conftest import run as run_tiny
+from PIL import Image
 
 import common
 import simclr
@@ -259,6 +261,19 @@ def test_many_anchors_without_another_of_their_class_are_warned_of(few, tmp_path
     assert "about 30 % of the 4 images of a batch are alone" in capsys.readouterr().out
     run(few, tmp_path / "many", "--max-steps 1 --batch-size 27")
     run(few, tmp_path / "ce", "--max-steps 1 --loss ce")
+    assert "alone in their class" not in capsys.readouterr().out
+
+
+def test_by_default_batches_are_large_enough_for_the_number_of_classes(tmp_path, capsys):
+    for n in range(240):
+        file = tmp_path / "images" / "train" / f"class {n % 40}" / f"{n}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (12, 12), (n, 255 - n, n // 2)).save(file)
+    shutil.copytree(tmp_path / "images" / "train", tmp_path / "images" / "test")
+    words = f"--data {tmp_path}/images --arch small --epochs 1 --workers 1 --out {tmp_path}/run"
+    supcon.main(words.split())
+    # 32 images of 40 classes would leave nearly half of them alone in their class.
+    assert settings(tmp_path / "run")["batch_size"] == 128
     assert "alone in their class" not in capsys.readouterr().out
 
 
