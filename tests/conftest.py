@@ -37,7 +37,7 @@ TINY = [*BRIEF, "--preset", "paper", "--arch", "small", "--batch-size", "4", "--
 TINY += ["--hidden", "16", "--dim", "8"]
 TINY_DRLIM = [*BRIEF, "--batch-size", "9", "--neighbours", "2"]
 OWN = {
-    "simclr": [],
+    "simclr": ["--temperature", "0.2", "--color-strength", "0.5"],
     "moco": ["--queue-size", "18"],
     "swav": ["--prototypes", "4", "--queue-size", "10", "--queue-start", "0.5"],
     "supcon": [],

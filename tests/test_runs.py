@@ -568,6 +568,7 @@ OWN_BAD = {
         ["--crops", "2", "0"],
         ["--crops", "2", "6", "3"],
         ["--crop-sizes", "12", "--crops", "2", "6"],
+        ["--crop-sizes", "12", "6", "--crops", "2"],
         ["--crop-sizes", "12", "0"],
         ["--crop-sizes", "1", "1"],
         ["--crop-scales", "0.1", "1", "--crops", "2", "6"],
