@@ -429,12 +429,13 @@ def choose_preset(data: str, side: int, images: int) -> str:
 
 
 def default_batch_size(images: int) -> int:
-    """The largest power of two, up to 256, that leaves 64 steps in an epoch; but at least 32.
+    """The power of two, from 32 to 256, that leaves about 64 to 128 steps in an epoch.
 
-    In a small set, larger batches would leave too few steps to learn from.
+    In a small set, larger batches would leave too few steps to learn from. Sets below 32 images
+    have the largest power of two that they can fill.
     """
-    power_of_two = 2 ** max(0, (images // 64).bit_length() - 1)
-    return min(images, max(32, min(256, power_of_two)))
+    largest = 2 ** (images.bit_length() - 1)  # the largest power of two up to the number of images
+    return min(largest, max(32, min(256, largest // 64)))
 
 
 def describe_preset(name: str, defaults: dict) -> str:
@@ -454,6 +455,8 @@ def describe_preset(name: str, defaults: dict) -> str:
 
 def check_batch_size(batch_size: int, available: int, processes: int, what: str = "images") -> None:
     """Fail if a batch is larger than what is available, or the processes cannot share it."""
+    if available < 2:
+        fail(f"there are too few {what} ({available}): use at least two")
     if batch_size > available:
         fail(f"--batch-size {batch_size} is too large: there are only {available} {what}")
     if batch_size % processes:

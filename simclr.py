@@ -571,10 +571,12 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     images, bank, test, watched = common.load_splits(
         args.data, args.root, args.limit, device, args.workers, args.stream, args.holdout
     )
+
+    # The flags again, with the defaults for these images.
     side = args.image_size or images.side
     preset = args.preset or common.choose_preset(args.data, side, len(images))
     defaults = {"batch_size": common.default_batch_size(len(images))} | PRESETS[preset]
-    args = parse_arguments(argv, defaults | {"preset": preset})  # again, with these defaults
+    args = parse_arguments(argv, defaults | {"preset": preset})
     used = {name: value for name, value in defaults.items() if vars(args)[name] == value}
     accelerator.print(common.describe_preset(preset, used))
     args.image_size = args.image_size or images.side

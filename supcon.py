@@ -548,6 +548,17 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
 # --------------------------------------------------------------------------------------
 
 
+def default_batch_size(labels: Tensor) -> int:
+    """The batch size for a number of images, doubled up to 256 while too many are alone.
+
+    With many classes, a small batch leaves too many images without positives.
+    """
+    batch_size = common.default_batch_size(len(labels))
+    while batch_size < min(256, len(labels) // 2) and share_alone(labels, batch_size) > 0.1:
+        batch_size *= 2
+    return batch_size
+
+
 def classifier_accuracy(network: nn.Sequential, images: common.ImageSet, size: int) -> float:
     """Accuracy in percent of encoder and classifier on labeled images, in float32."""
     layers = nn.Sequential(*network)  # without the autocast that Accelerate gave to `network`
@@ -573,15 +584,12 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             "per class, or a data set"
         )
     classes = len(images.classes)
+
+    # The flags again, with the defaults for these images.
     side = args.image_size or images.side
     preset = args.preset or common.choose_preset(args.data, side, len(images))
-    batch_size = common.default_batch_size(len(images))
-    while batch_size < min(256, len(images) // 2) and share_alone(images.labels, batch_size) > 0.1:
-        batch_size *= (
-            2  # With many classes, a small batch leaves too many images without positives.
-        )
-    defaults = {"batch_size": batch_size} | PRESETS[preset]
-    args = parse_arguments(argv, defaults | {"preset": preset})  # again, with these defaults
+    defaults = {"batch_size": default_batch_size(images.labels)} | PRESETS[preset]
+    args = parse_arguments(argv, defaults | {"preset": preset})
     used = {name: value for name, value in defaults.items() if vars(args)[name] == value}
     accelerator.print(common.describe_preset(preset, used))
     args.image_size = args.image_size or images.side

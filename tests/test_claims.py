@@ -50,9 +50,7 @@ def test_the_first_table_of_the_readme_is_what_the_results_say(method):
     assert len(seeds) == 3
     cells = [claims.format_mean([values[measure] for values in seeds]) for measure in MEASURES]
     lines = (ROOT / "README.md").read_text().splitlines()
-    row = next(
-        line for line in lines if line.startswith(f"| `{method}.py` |")
-    )  # of the first table
+    row = next(line for line in lines if line.startswith(f"| `{method}.py` |"))
     assert row.endswith(f"| {' | '.join(cells)} |")
 
 
