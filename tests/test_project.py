@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import METHODS, ROOT, arguments, checkpoint, settings, write_folder
+from conftest import METHODS, ROOT, arguments, checkpoint, refused, settings, write_folder
 
 import common
 import drlim
@@ -281,6 +281,12 @@ def test_without_flags_batch_warm_up_and_head_follow_the_images_and_the_encoder(
     assert seen == {"steps": 21, "warmup": 2}  # a tenth of the steps
     widths = [v.shape for v in checkpoint(tmp_path / "run")["model"].values() if v.ndim == 2]
     assert (512, 512) in widths
+
+
+@pytest.mark.parametrize("method", METHODS[:-1])
+def test_the_batch_size_of_a_preset_wins_over_the_rule(method, few, tmp_path, capsys):
+    words = ["--data", few, "--preset", "paper", "--out", tmp_path / "run"]
+    assert "--batch-size 256 is too large" in refused(capsys, sys.modules[method].main, words)
 
 
 @pytest.mark.parametrize("module", [moco, swav, supcon], ids=["moco", "swav", "supcon"])
