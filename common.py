@@ -382,7 +382,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, data: str | None = "fash
     add(
         "--data",
         default=data,
-        help=f"{', '.join(SETS)}, or a folder of images"
+        help=f"{', '.join(SETS)}, a folder of images, or an .npz file of arrays"
         + ("" if data else " (default: what the encoder was trained on; fashion-mini for random)"),
     )
     add("--root", default="data", help="folder where data sets are looked for and downloaded to")
@@ -960,9 +960,9 @@ def load_splits(
     """Load the images of --data.
 
     Args:
-        data: a name of SETS, or a folder: with train/ and val/ or test/ (val/ counts if there are
+        data: a name of SETS; or a folder: with train/ and val/ or test/ (val/ counts if there are
             both), which hold one folder per class; or with images anywhere in it, which then have
-            no classes.
+            no classes; or an .npz file, see `_read_arrays`.
         root: where torchvision's data sets are, or are downloaded to.
         limit: keep the first so many training images of a fixed shuffle.
         device: where the images are kept.
@@ -982,8 +982,7 @@ def load_splits(
     if workers is None:
         workers = min(16, math.ceil(os.cpu_count() / local_processes()))
     load = partial(_load_split, data, root, limit, holdout, device, workers, stream)
-    splits = [Path(data, name) for name in ("train", "val", "test")]
-    if data not in SETS and not any(split.is_dir() for split in splits):
+    if not _has_splits(data):
         if holdout:
             PartialState().print("warning: without labels, --holdout has no effect")
         return load("all"), None, None, None
@@ -992,6 +991,14 @@ def load_splits(
     test = load("test")
     watched = load("held-out") if holdout else test
     return images, bank, test, watched
+
+
+def _has_splits(data: str) -> bool:
+    """Whether --data has labeled images for training and test."""
+    if data.endswith(".npz"):
+        with _open_arrays(data) as file:
+            return "test_images" in file
+    return data in SETS or any(Path(data, name).is_dir() for name in ("train", "val", "test"))
 
 
 def _load_split(
@@ -1009,6 +1016,8 @@ def _load_split(
     if data in SETS:
         with PartialState().local_main_process_first():  # so that only one process downloads
             source, labels, classes = _read_named_set(data, part, root)
+    elif data.endswith(".npz"):
+        source, labels, classes = _read_arrays(data, part)
     else:
         source, labels, classes = _list_folder(data, part)
     labels = torch.as_tensor(labels).long()
@@ -1017,9 +1026,12 @@ def _load_split(
         source, labels = source[chosen.numpy()], labels[chosen]
     fingerprint = f"{len(labels)} images"
 
-    if data in SETS:
+    if source.ndim == 4:
         # Images whose pixels lie apart in memory, as stl10's, take several times as long to select.
-        pixels = torch.as_tensor(np.ascontiguousarray(source))
+        source = np.ascontiguousarray(source)
+        if data not in SETS:
+            fingerprint += f" ({hashlib.sha256(source).hexdigest()[:8]})"
+        pixels = torch.as_tensor(source)
     else:
         names = os.fsencode("\n".join(source))
         fingerprint += f" ({hashlib.sha256(names).hexdigest()[:8]})"
@@ -1079,12 +1091,56 @@ def _read_named_set(
     return pixels, images.targets, images.classes
 
 
+@contextmanager
+def _open_arrays(path: str) -> Iterator[np.lib.npyio.NpzFile]:
+    """Open an .npz file. If it cannot be read, or lacks an array that is asked for, fail."""
+    try:
+        with np.load(path) as file:
+            yield file
+    except Exception as error:  # A damaged file can raise almost any exception.
+        fail(
+            f"--data {path} cannot be read ({error}): make it with numpy.savez, of train_images "
+            "alone, or of train_images, train_labels, test_images and test_labels"
+        )
+
+
+def _read_arrays(path: str, split: str) -> tuple[np.ndarray, np.ndarray, Sequence[str]]:
+    """The pixels [N, C, H, W], labels and class names of an .npz file.
+
+    It holds train_images alone or, with labels from 0 on, train_images, train_labels, test_images
+    and test_labels. Images are uint8, [N, H, W], [N, H, W, C] or [N, C, H, W], with C = 1 or 3.
+    """
+    part = "train" if split == "all" else split
+    with _open_arrays(path) as file:
+        images = file[f"{part}_images"]
+        labels = np.full(len(images), -1) if split == "all" else file[f"{part}_labels"]
+        classes = 0 if split == "all" else int(file["train_labels"].max()) + 1
+    shape = list(images.shape)
+    if images.ndim == 3:
+        images = images[:, None]
+    elif images.ndim == 4 and images.shape[1] not in (1, 3):
+        images = images.transpose(0, 3, 1, 2)
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or images.dtype != np.uint8:
+        fail(
+            f"--data {path}: {part}_images must be uint8 [N, H, W], [N, H, W, C] or [N, C, H, W] "
+            f"with C = 1 or 3, and is {images.dtype} {shape}: convert it"
+        )
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+        fail(f"--data {path}: {part}_labels must be a whole number for each image: convert it")
+    if classes and not 0 <= labels.min() <= labels.max() < classes:
+        fail(f"--data {path}: labels must be from 0 to the highest of train_labels: convert them")
+    return images, labels, [str(number) for number in range(classes)]
+
+
 def _list_folder(data: str, split: str) -> tuple[np.ndarray, Sequence[int], Sequence[str]]:
     """The paths, labels and class names of a folder of images."""
     if split == "all":
         files = _find_images(data)
         if not files:
-            fail(f"--data {data} is neither one of {', '.join(SETS)} nor a folder with images")
+            fail(
+                f"--data {data} is neither one of {', '.join(SETS)}, nor a folder with images, nor "
+                "an .npz file"
+            )
         return np.array(files), [-1] * len(files), ()
 
     parts = [Path(data, name) for name in ("train", "val", "test")]

@@ -664,7 +664,7 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
     if args.shifts is None:
         args.shifts = [-6, -3, 3, 6] if args.graph == "shifts" else []
     if args.out is None:
-        args.out = Path("runs", f"drlim-{Path(args.data).absolute().name}")
+        args.out = Path("runs", f"drlim-{Path(args.data).absolute().name}".removesuffix(".npz"))
     return args
 
 

@@ -595,7 +595,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     )
     if not bank:
         common.fail(
-            f"--data {data} has no classes: use a data set, or a folder with train and val or test"
+            f"--data {data} has no classes: use a data set, a folder with train and val or test, "
+            "or an .npz file with labels"
         )
     classes = int(bank.labels.max()) + 1
     size = args.image_size or int(about.get("image_size", bank.side))
@@ -621,7 +622,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     images_at_once = max(1, (args.batch_size or 256 * processes) // processes)
     how = describe(args, name, recipe)
     if args.out is None and is_random:
-        args.out = Path("runs", f"random-{args.arch}-{Path(data).absolute().name}")
+        name = Path(data).absolute().name.removesuffix(".npz")
+        args.out = Path("runs", f"random-{args.arch}-{name}")
     elif args.out is None:
         args.out = Path(args.encoder).parent
     record = args.out / "eval.json"

@@ -550,7 +550,7 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
         rates = SMALL_NETWORK_PEAK_LR if args.arch == "small" else PEAK_LR
         args.lr = rates[args.optimizer] * (args.batch_size / 4096) ** power
     if args.out is None:
-        args.out = Path("runs", f"simclr-{Path(args.data).absolute().name}")
+        args.out = Path("runs", f"simclr-{Path(args.data).absolute().name}".removesuffix(".npz"))
     return args
 
 

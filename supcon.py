@@ -539,7 +539,7 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
         power = 0.5 if args.optimizer == "adamw" else 1
         args.lr = rates[args.optimizer] * (args.batch_size / 256) ** power
     if args.out is None:
-        args.out = Path("runs", f"supcon-{Path(args.data).absolute().name}")
+        args.out = Path("runs", f"supcon-{Path(args.data).absolute().name}".removesuffix(".npz"))
     return args
 
 

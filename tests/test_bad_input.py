@@ -282,6 +282,41 @@ def test_methods_that_need_labels_refuse_images_without(few, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+IMAGES = np.zeros((30, 12, 12), np.uint8)
+LABELS = np.arange(30) % 3
+ARRAYS = {"train_images": IMAGES, "train_labels": LABELS}
+ARRAYS |= {"test_images": IMAGES, "test_labels": LABELS}
+# What is changed in a file of arrays, and a part of the line that it leads to.
+WRONG_ARRAYS = {
+    "numbers in 0..1": ({"test_images": IMAGES / 255}, "test_images must be uint8"),
+    "two channels": ({"train_images": np.zeros((30, 2, 12, 12), np.uint8)}, "C = 1 or 3"),
+    "flat images": ({"train_images": IMAGES.reshape(30, -1)}, "is uint8 [30, 144]"),
+    "fewer labels": ({"train_labels": LABELS[:20]}, "train_labels"),
+    "names as labels": ({"test_labels": LABELS.astype(str)}, "cannot be read|test_labels"),
+    "negative labels": ({"train_labels": LABELS - 1}, "from 0"),
+    "a new class": ({"test_labels": LABELS + 1}, "highest of train_labels"),
+    "no labels": ({"train_labels": None}, "train_labels"),
+    "a pickle": ({"train_images": np.array([None, "x"])}, "allow_pickle"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_ARRAYS)
+def test_wrong_arrays_are_one_line(kind, tmp_path, capsys):
+    change, words = WRONG_ARRAYS[kind]
+    arrays = {name: array for name, array in (ARRAYS | change).items() if array is not None}
+    np.savez(tmp_path / "mine.npz", **arrays)
+    argv = arguments("simclr", tmp_path / "mine.npz", tmp_path / "run")
+    error = refused(capsys, main_of("simclr"), argv)
+    assert "mine.npz" in error and any(word in error for word in words.split("|"))
+
+
+def test_a_file_that_holds_no_arrays_is_one_line(tmp_path, capsys):
+    (tmp_path / "mine.npz").write_text("nothing")
+    for name in ("mine.npz", "absent.npz"):
+        argv = arguments("simclr", tmp_path / name, tmp_path / "run")
+        assert name in refused(capsys, main_of("simclr"), argv)
+
+
 def test_a_link_to_a_folder_above_itself_does_not_count_images_twice(tmp_path):
     folder = tmp_path / "set"
     (folder / "deep").mkdir(parents=True)

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import SHARED, write_folder
+from conftest import SHARED, arguments, metrics, refused, run, same_model, write_folder
 from PIL import Image
 
 import common
+import linear_eval
+import supcon
 from common import ColorJitter, RandomApply, RandomResizedCrop, batches, load_splits
 
 CPU = torch.device("cpu")
@@ -93,6 +95,62 @@ def write_idx(folder, name, count):
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(
             np.array([0x801, count], ">i4").tobytes() + labels.tobytes()
         )
+
+
+def arrays_of(folder):
+    """The images and labels of class folders, as the arrays of an .npz file."""
+    _, bank, test, _ = load_splits(str(folder), "nowhere", None, CPU, 1)
+    arrays = {"train_images": bank.pixels, "train_labels": bank.labels}
+    arrays |= {"test_images": test.pixels, "test_labels": test.labels}
+    return {name: array.numpy() for name, array in arrays.items()}
+
+
+@pytest.mark.parametrize("layout", ["[N, C, H, W]", "[N, H, W, C]", "[N, H, W]"])
+def test_arrays_are_the_same_images_in_each_layout(folder, tmp_path, layout):
+    arrays = arrays_of(folder)
+    expected = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    for name in ("train_images", "test_images"):
+        if layout == "[N, H, W]":
+            expected[name] = expected[name][:, :1]
+            arrays[name] = arrays[name][:, 0]
+        elif layout == "[N, H, W, C]":
+            arrays[name] = arrays[name].transpose(0, 2, 3, 1)
+    np.savez(tmp_path / "stripes.npz", **arrays)
+    data, bank, test, _ = load_splits(str(tmp_path / "stripes.npz"), "nowhere", None, CPU, 1)
+    assert data is bank and bank.classes == ["0", "1", "2"]
+    assert torch.equal(bank.pixels, expected["train_images"])
+    assert torch.equal(bank.labels, expected["train_labels"])
+    assert torch.equal(test.pixels, expected["test_images"])
+    assert torch.equal(test.labels, expected["test_labels"])
+
+
+def test_a_file_of_arrays_trains_as_a_folder_of_the_same_images(folder, tmp_path, capsys):
+    file = tmp_path / "stripes.npz"
+    arrays = arrays_of(folder)
+    np.savez(file, **arrays)
+    from_folder = run("supcon", folder, tmp_path / "folder", "--limit 40")
+    from_arrays = run("supcon", file, tmp_path / "arrays", "--limit 40")
+    assert same_model(from_folder, from_arrays)
+    assert metrics(from_folder)[-1]["knn"] == metrics(from_arrays)[-1]["knn"]
+
+    capsys.readouterr()
+    linear_eval.main([str(from_arrays / "encoder.safetensors"), "--protocol", "knn"])
+    knn = metrics(from_arrays)[-1]["knn"]
+    assert f"{knn:.1f}" in capsys.readouterr().out
+
+    arrays["train_images"][:, 0, 0, 0] += 1
+    np.savez(file, **arrays)
+    argv = arguments("supcon", file, from_arrays, "--limit 40")
+    assert "images was" in refused(capsys, supcon.main, argv)
+
+
+def test_arrays_without_labels_are_for_training_alone(folder, tmp_path):
+    np.savez(tmp_path / "stripes.npz", train_images=arrays_of(folder)["train_images"])
+    data, bank, test, watched = load_splits(
+        str(tmp_path / "stripes.npz"), "nowhere", 40, CPU, 1, holdout=5
+    )
+    assert len(data) == 40 and (data.labels == -1).all()
+    assert bank is test is watched is None
 
 
 @pytest.mark.parametrize(("data", "name"), [("mnist", "MNIST"), ("fashionmnist", "FashionMNIST")])
