@@ -2,16 +2,18 @@
 
     python tests/claims.py --list                # the claims, and how many of their runs are done
     python tests/claims.py moco-queue            # run what is missing, and print the table
-    python tests/claims.py moco-queue --plot     # and draw it, as data/moco-queue.png
+    python tests/claims.py moco-queue --seeds 3  # with seeds 0, 1 and 2
+    python tests/claims.py moco-queue --plot     # draw what there is, as data/moco-queue.png
 
-A claim is a set of commands, each run with several seeds, on one core. The metrics, results and
-settings of each run are kept under tests/results/, as curves to compare your own runs with; the
-tables are made from them. A claim can be interrupted and repeated: its runs resume.
+A claim is a set of commands, each run on one core. The settings, metrics and results of each run
+are kept under tests/results/, in a folder named after the command, as curves to compare your own
+runs with. The tables are made from them. A claim can be interrupted and repeated: its runs resume.
 """
 
 import argparse
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -22,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tests" / "results"
 RUNS = ROOT / "runs" / "claims"
-KEPT = ("config.json", "metrics.jsonl", "results.json")
+KEPT = ("config.json", "metrics.jsonl", "results.json", "eval.json")  # those that a run leaves
 
 
 @dataclass
@@ -31,140 +33,217 @@ class Claim:
 
     Attributes:
         text: the claim, in one sentence, with its place in the paper.
-        runs: the name of each run and its command, without --seed and --out.
-        seeds: how many seeds each command is run with.
+        base: what the commands have in common.
+        variants: what follows in each of them.
+        measures: the columns of the table.
     """
 
     text: str
-    runs: dict[str, str]
-    seeds: int = 3
+    base: str
+    variants: list[str]
+    measures: tuple[str, ...] = ("minutes", "loss", "kNN", "linear")
+
+    @property
+    def commands(self) -> list[str]:
+        """The commands, without --seed and --out."""
+        return [f"{self.base} {variant}".strip() for variant in self.variants]
 
 
-def vary(command: str, flag: str, values: list) -> dict[str, str]:
-    """Runs of a command that differ in the value of one flag."""
-    return {str(value).replace(" ", "-"): f"{command} {flag} {value}" for value in values}
+def each(flag: str, *values: object) -> list[str]:
+    """A flag with several values. The default value is given as "", so that runs are shared."""
+    return [f"{flag} {value}" if value != "" else "" for value in values]
 
 
+FEW = ("kNN (10 a class)", "linear (10 a class)")
 CLAIMS = {
     "methods": Claim(
         "The methods side by side, in about equal time.",
-        {
-            "simclr": "simclr.py",
-            "moco": "moco.py",
-            "swav": "swav.py",
-            "supcon": "supcon.py",
-            "cross-entropy": "supcon.py --loss ce",
-        },
+        "",
+        ["simclr.py", "moco.py", "swav.py", "supcon.py", "supcon.py --loss ce"],
+        ("minutes", "loss", "kNN", "linear", *FEW),
+    ),
+    "few-labels": Claim(
+        "With few labels, a pretrained encoder is better than an untrained one (SimCLR, Table 7).",
+        "linear_eval.py",
+        [
+            f"{encoder} --labels {labels} --protocol {protocol} --seeds 3"
+            for encoder in ("{simclr.py}", "random --arch small --data fashion-mini")
+            for labels in (10, 100)
+            for protocol in ("linear", "finetune")
+        ],
+        ("top-1",),
     ),
     "simclr-head": Claim(
-        "A nonlinear head is better than a linear one, and that than none (SimCLR, Fig. 8).",
-        vary("simclr.py", "--head-layers", [0, 1, 2]),
+        "A nonlinear head (the default) is better than a linear one, and that than none "
+        "(SimCLR, Fig. 8).",
+        "simclr.py --epochs 12",
+        each("--head-layers", 0, 1, ""),
     ),
     "simclr-temperature": Claim(
-        "The temperature has an optimum between its extremes (SimCLR, Table 5).",
-        vary("simclr.py", "--temperature", [0.02, 0.05, 0.1, 0.5, 1]),
+        "The temperature (by default 0.1) has an optimum between its extremes (SimCLR, Table 5).",
+        "simclr.py --epochs 12",
+        each("--temperature", 0.02, "", 0.5, 1),
     ),
     "simclr-augmentation": Claim(
         "Crop and color are the best pair of operations (SimCLR, Fig. 5).",
-        vary("simclr.py", "--augment", ["crop", "color", "blur", "crop blur", "crop color"]),
+        "simclr.py --epochs 12",
+        each("--augment", "crop", "color", "crop blur", "color blur", "crop color"),
     ),
     "simclr-batch": Claim(
-        "Larger batches help short training (SimCLR, Fig. 9).",
-        vary("simclr.py --epochs 12", "--batch-size", [64, 256, 1024]),
+        "Larger batches (256 by default) help short training (SimCLR, Fig. 9).",
+        "simclr.py --epochs 12",
+        each("--batch-size", 64, "", 1024),
     ),
     "moco-queue": Claim(
-        "More negatives help at a fixed batch size (MoCo, Fig. 3).",
-        vary("moco.py", "--queue-size", [256, 1024, 4096]),
+        "More negatives (1,024 by default) help at a fixed batch size (MoCo, Fig. 3).",
+        "moco.py --epochs 18",
+        each("--queue-size", 256, "", 4096),
     ),
     "moco-momentum": Claim(
-        "Without momentum, training fails; 0.9 to 0.999 works (MoCo, section 4.1).",
-        vary("moco.py", "--key-momentum", [0, 0.9, 0.99, 0.999]),
+        "Without momentum, training fails; 0.9 to 0.999 works, 0.99 is the default "
+        "(MoCo, section 4.1).",
+        "moco.py --epochs 18",
+        each("--key-momentum", 0, 0.9, "", 0.999),
     ),
     "moco-batch-norm": Claim(
-        "With batch norm over the whole batch, the pretext task gets easier and the features "
-        "worse (MoCo, section 3.3).",
-        vary("moco.py", "--bn-splits", [1, 8]),
+        "With batch norm over the whole batch instead of 8 groups, the pretext task gets easier "
+        "and the features worse (MoCo, section 3.3).",
+        "moco.py --epochs 18",
+        each("--bn-splits", 1, ""),
     ),
     "swav-crops": Claim(
         "Small crops are better than longer training with two crops (SwAV, section 3.2).",
-        {"two": "swav.py --crops 2 --epochs 36", "two-and-two": "swav.py"},
+        "swav.py",
+        ["--epochs 9", "--crops 2 --epochs 12"],
+        ("minutes", "loss", "prototypes", "kNN", "linear"),
+    ),
+    "swav-partition": Claim(
+        "Without the equal partition, the codes collapse (SwAV, section 3.1).",
+        "",
+        ["swav.py --epochs 9", "tests/swav_without_partition.py --epochs 9"],
+        ("minutes", "loss", "prototypes", "kNN", "linear"),
     ),
     "swav-queue": Claim(
         "The queue helps small batches (SwAV, section 3.1).",
-        vary("swav.py --batch-size 64 --queue-start 4", "--queue-size", [0, 512]),
+        "swav.py --batch-size 64 --epochs 9 --queue-start 2",
+        each("--queue-size", "", 512),
+        ("minutes", "loss", "prototypes", "kNN", "linear"),
     ),
     "supcon-loss": Claim(
-        "L_out is better than L_in, and that than cross-entropy (SupCon, section 4).",
-        vary("supcon.py", "--loss", ["out", "in", "ce"]),
+        "L_out (the default) is better than L_in, and that than cross-entropy (SupCon, section 4).",
+        "supcon.py --epochs 10",
+        each("--loss", "", "in", "ce"),
     ),
     "supcon-noise": Claim(
         "SupCon tolerates wrong labels better than cross-entropy (SupCon, section 4.3).",
-        vary("supcon.py --label-noise 0.4", "--loss", ["out", "in", "ce"]),
+        "supcon.py --epochs 10 --label-noise 0.4",
+        each("--loss", "", "in", "ce"),
     ),
     "supcon-temperature": Claim(
-        "A low temperature is best (SupCon, Fig. 4).",
-        vary("supcon.py", "--temperature", [0.05, 0.1, 0.3, 1]),
+        "A low temperature (0.1 by default) is best (SupCon, Fig. 4).",
+        "supcon.py --epochs 10",
+        each("--temperature", 0.05, "", 0.3, 1),
+    ),
+    "drlim-maps": Claim(
+        "The map keeps neighbors together and, if the graph says so, ignores a shift "
+        "(DrLIM, sections 3.2 to 3.4).",
+        "drlim.py",
+        ["", "--epochs 150", "--graph shifts", "--shifts -6 -3 3 6 --epochs 4"],
+        ("minutes", "loss", "5-NN", "flatness", "rank"),
     ),
 }
 
 
-def run_missing(name: str) -> None:
-    """Run the commands of a claim whose results are not there yet."""
-    for run, command in CLAIMS[name].runs.items():
-        for seed in range(CLAIMS[name].seeds):
-            kept = RESULTS / name / f"{run}-{seed}"
-            if kept.exists():
-                continue
-            out = RUNS / name / f"{run}-{seed}"
-            words = [*command.split(), "--seed", str(seed), "--eval-every", "10", "--out", str(out)]
-            print(f"python {' '.join(words)}", flush=True)
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, check=True)
-            copy = kept.with_name(f".{kept.name}")  # renamed when it is complete
-            copy.mkdir(parents=True, exist_ok=True)
-            for file in KEPT:
-                shutil.copy(out / file, copy / file)
-            copy.rename(kept)
+# --------------------------------------------------------------------------------------
+# Runs
+# --------------------------------------------------------------------------------------
 
 
-def read_runs(name: str, run: str) -> list[dict[str, float]]:
-    """What the finished seeds of a run give: accuracies in percent, and minutes of training."""
-    seeds = []
-    for seed in range(CLAIMS[name].seeds):
-        kept = RESULTS / name / f"{run}-{seed}"
-        if not kept.exists():
-            continue
-        first_row = json.loads((kept / "results.json").read_text())[0]
-        batch_size = json.loads((kept / "config.json").read_text())["settings"]["batch_size"]
-        step, seconds = 0, 0.0
-        for line in (kept / "metrics.jsonl").read_text().splitlines():
-            metrics = json.loads(line)
-            seconds += (metrics["step"] - step) * batch_size / metrics["images_per_s"]
-            step = metrics["step"]
-        values = {"loss": metrics["loss"], "minutes": seconds / 60}
-        for measure in ("kNN", "linear", "kNN (10 a class)", "linear (10 a class)"):
-            values[measure] = first_row[measure]["mean"]
-        seeds.append(values)
-    return seeds
+def place(command: str, seed: int) -> Path:
+    """The folder of a run, below RUNS and RESULTS, named after its command."""
+    words = re.sub(r"[^\w.]+", "-", command.replace(".py", "").replace("tests/", ""))
+    return Path(words.strip("-"), f"seed-{seed}")
+
+
+def run(command: str, seed: int) -> Path:
+    """Run a command, unless its results are there; returns the folder of the run."""
+    out, kept = RUNS / place(command, seed), RESULTS / place(command, seed)
+    words = command.split()
+    if encoder_of := re.search(r"{(.*)}", command):  # This run evaluates the encoder of another.
+        encoder = RUNS / place(encoder_of[1], seed) / "encoder.safetensors"
+        if not kept.exists() and not encoder.exists():
+            shutil.rmtree(RESULTS / place(encoder_of[1], seed), ignore_errors=True)
+            run(encoder_of[1], seed)
+        words = command.replace(encoder_of[0], str(encoder)).split()
+    if kept.exists():
+        return out
+
+    out.mkdir(parents=True, exist_ok=True)
+    words += ["--out", str(out)]
+    if words[0] != "linear_eval.py":
+        words += ["--seed", str(seed)]
+    print(f"python {' '.join(words)}", flush=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, check=True)
+
+    copy = kept.with_name(f".{kept.name}")  # renamed when it is complete
+    copy.mkdir(parents=True, exist_ok=True)
+    for name in KEPT:
+        if (out / name).exists():
+            shutil.copy(out / name, copy / name)
+    copy.rename(kept)
+    return out
+
+
+def read_run(kept: Path) -> dict[str, float]:
+    """What a run has measured: accuracies in percent, minutes of training, and the last metrics."""
+    if (kept / "eval.json").exists():
+        (result,) = json.loads((kept / "eval.json").read_text())
+        return {"top-1": result["top-1"]["mean"]}
+
+    batch_size = json.loads((kept / "config.json").read_text())["settings"]["batch_size"]
+    step, seconds = 0, 0.0
+    for line in (kept / "metrics.jsonl").read_text().splitlines():
+        metrics = json.loads(line)
+        seconds += (metrics["step"] - step) * batch_size / metrics["images_per_s"]
+        step = metrics["step"]
+    values = metrics | {"minutes": seconds / 60}
+    for measure, value in json.loads((kept / "results.json").read_text())[0].items():
+        values[measure] = value["mean"] if isinstance(value, dict) else value
+    return values
+
+
+def read_runs(command: str) -> list[dict[str, float]]:
+    """What the finished runs of a command have measured, with one seed after another."""
+    folders = sorted((RESULTS / place(command, 0)).parent.glob("seed-*"))
+    return [read_run(kept) for kept in folders]
+
+
+# --------------------------------------------------------------------------------------
+# Tables and figures
+# --------------------------------------------------------------------------------------
 
 
 def format_mean(values: list[float]) -> str:
     """Mean and standard deviation as text."""
     mean = statistics.mean(values)
-    return f"{mean:.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{mean:.1f}"
+    decimals = 1 if mean > 9.95 else 2
+    if len(values) == 1:
+        return f"{mean:.{decimals}f}"
+    return f"{mean:.{decimals}f} ± {statistics.stdev(values):.{decimals}f}"
 
 
 def table(name: str) -> str:
     """The results of a claim as a Markdown table, with a row for each command that was run."""
-    measures = ["minutes", "loss", "kNN", "linear", "kNN (10 a class)", "linear (10 a class)"]
+    measures = CLAIMS[name].measures
     lines = [f"| command | {' | '.join(measures)} | seeds |"]
     lines.append("|---" * (len(measures) + 2) + "|")
-    for run, command in CLAIMS[name].runs.items():
-        seeds = read_runs(name, run)
+    for command in CLAIMS[name].commands:
+        runs = read_runs(command)
         cells = ["not run"] * len(measures)
-        if seeds:
-            cells = [format_mean([values[measure] for values in seeds]) for measure in measures]
-        lines.append(f"| `python {command}` | {' | '.join(cells)} | {len(seeds)} |")
+        if runs:
+            cells = [format_mean([values[measure] for values in runs]) for measure in measures]
+        lines.append(f"| `python {command}` | {' | '.join(cells)} | {len(runs)} |")
     return "\n".join(lines)
 
 
@@ -175,14 +254,20 @@ def plot(name: str) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    runs = {run: read_runs(name, run) for run in CLAIMS[name].runs}
-    runs = {run: seeds for run, seeds in runs.items() if seeds}
-    figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")
-    for measure, marker in (("kNN", "o"), ("linear", "s")):
+    claim = CLAIMS[name]
+    runs = {}
+    for command, variant in zip(claim.commands, claim.variants, strict=True):
+        if read_runs(command):
+            runs[variant or "default"] = read_runs(command)
+    figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
+    for measure, marker in (("kNN", "o"), ("linear", "s"), ("top-1", "o"), ("5-NN", "o")):
+        if measure not in claim.measures:
+            continue
         means = [statistics.mean(values[measure] for values in seeds) for seeds in runs.values()]
         axes.plot(list(runs), means, marker=marker, label=measure)
-        for run, seeds in runs.items():
-            axes.scatter([run] * len(seeds), [values[measure] for values in seeds], 8, "gray")
+        for variant, seeds in runs.items():
+            axes.scatter([variant] * len(seeds), [values[measure] for values in seeds], 8, "gray")
+    axes.set_title(claim.base)
     axes.set_ylabel("test accuracy in percent")
     axes.legend()
     path = ROOT / "data" / f"{name}.png"
@@ -191,21 +276,25 @@ def plot(name: str) -> Path:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run, print or draw one claim, or list all."""
     parser = argparse.ArgumentParser(description="Run a paper's claim again.", allow_abbrev=False)
     parser.add_argument("name", nargs="?", choices=CLAIMS, help="the claim to run")
+    parser.add_argument("--seeds", type=int, default=1, help="run each command with so many seeds")
     parser.add_argument("--list", action="store_true", help="list the claims")
     parser.add_argument("--plot", action="store_true", help="draw what there is, and run nothing")
     args = parser.parse_args(argv)
     if args.list:
         for name, claim in CLAIMS.items():
-            done = sum(len(read_runs(name, run)) for run in claim.runs)
-            print(f"{name}: {done} of {len(claim.runs) * claim.seeds} runs. {claim.text}")
+            done = sum(bool(read_runs(command)) for command in claim.commands)
+            print(f"{name}: {done} of {len(claim.commands)} commands are run. {claim.text}")
     elif args.name is None:
         parser.error("name a claim, or use --list")
     elif args.plot:
         print(plot(args.name))
     else:
-        run_missing(args.name)
+        for seed in range(args.seeds):
+            for command in CLAIMS[args.name].commands:
+                run(command, seed)
         print(f"{CLAIMS[args.name].text}\n\n{table(args.name)}")
 
 

@@ -7,34 +7,48 @@ import claims
 import pytest
 from conftest import ROOT, TINY
 
+import drlim
+import linear_eval
 import moco
 import simclr
 import supcon
 import swav
 
 MODULES = {"simclr.py": simclr, "moco.py": moco, "swav.py": swav, "supcon.py": supcon}
-COMMANDS = [(name, run) for name, claim in claims.CLAIMS.items() for run in claim.runs]
-KEPT = sorted(claims.RESULTS.glob("*/*"))
+MODULES |= {"drlim.py": drlim, "tests/swav_without_partition.py": swav}
+COMMANDS = sorted({command for claim in claims.CLAIMS.values() for command in claim.commands})
+KEPT = sorted(claims.RESULTS.glob("*/seed-*"))
 MEASURES = ("kNN", "linear", "kNN (10 a class)", "linear (10 a class)")
 
 
 def parsed(command, seed):
     """The settings that a command has on the bundled images."""
     script, *words = shlex.split(command)
+    if script == "linear_eval.py":
+        return vars(linear_eval.parse_arguments(words))
     module = MODULES[script]
     preset = module.PRESETS["fashion-mini"]
     return vars(module.parse_arguments([*words, "--seed", str(seed)], preset))
 
 
-@pytest.mark.parametrize(("name", "run"), COMMANDS)
-def test_the_command_of_a_claim_is_one_that_its_script_takes(name, run):
-    assert parsed(claims.CLAIMS[name].runs[run], 0)["data"] == "fashion-mini"
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_command_of_a_claim_is_one_that_its_script_takes(command):
+    assert parsed(command, 0)["data"] in ("fashion-mini", None)
 
 
-@pytest.mark.parametrize("kept", KEPT, ids=[f"{path.parent.name}-{path.name}" for path in KEPT])
-def test_kept_results_are_from_the_command_of_their_claim(kept):
-    run, seed = kept.name.rsplit("-", 1)
-    expected = parsed(claims.CLAIMS[kept.parent.name].runs[run], int(seed))
+def test_commands_have_folders_of_their_own():
+    assert len({claims.place(command, 0) for command in COMMANDS}) == len(COMMANDS)
+
+
+@pytest.mark.parametrize("kept", KEPT, ids=[str(path.relative_to(claims.RESULTS)) for path in KEPT])
+def test_kept_results_are_from_the_command_of_a_claim(kept):
+    seed = int(kept.name.removeprefix("seed-"))
+    (command,) = (c for c in COMMANDS if claims.RESULTS / claims.place(c, seed) == kept)
+    expected = parsed(command, seed)
+    if (kept / "eval.json").exists():
+        used = json.loads((kept / "eval.json").read_text())[0]["settings"]
+        assert all(used[flag] == expected[flag] for flag in ("labels", "protocol", "seeds"))
+        return
     used = json.loads((kept / "config.json").read_text())["settings"]
     for flag, value in expected.items():
         # Some are chosen by the images if they are None, and some do not change the results.
@@ -46,27 +60,39 @@ def test_kept_results_are_from_the_command_of_their_claim(kept):
 
 @pytest.mark.parametrize("method", ["moco", "swav"])
 def test_the_first_table_of_the_readme_is_what_the_results_say(method):
-    seeds = claims.read_runs("methods", method)
-    assert len(seeds) == 3
-    cells = [claims.format_mean([values[measure] for values in seeds]) for measure in MEASURES]
+    runs = claims.read_runs(f"{method}.py")
+    assert len(runs) == 3
+    cells = [claims.format_mean([values[measure] for values in runs]) for measure in MEASURES]
     lines = (ROOT / "README.md").read_text().splitlines()
     row = next(line for line in lines if line.startswith(f"| `{method}.py` |"))
     assert row.endswith(f"| {' | '.join(cells)} |")
 
 
 def test_a_claim_is_run_once_and_its_table_has_the_means(folder, tmp_path, monkeypatch, capfd):
-    command = f"simclr.py --data {folder} {' '.join(TINY)}"
-    claim = claims.Claim("It runs.", claims.vary(command, "--head-layers", [0, 1]), seeds=1)
+    base = f"simclr.py --data {folder} {' '.join(TINY)}"
+    claim = claims.Claim("It runs.", base, claims.each("--head-layers", 0, ""))
+    of_encoder = f"linear_eval.py {{{base}}} --protocol knn --labels 2 --knn-k 3 --seeds 2"
     monkeypatch.setitem(claims.CLAIMS, "tiny", claim)
+    monkeypatch.setitem(claims.CLAIMS, "eval", claims.Claim("", "", [of_encoder], ("top-1",)))
     monkeypatch.setattr(claims, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(claims, "RUNS", tmp_path / "runs")
-    claims.main(["tiny"])
+    claims.main(["tiny", "--seeds", "2"])
     first = capfd.readouterr().out
-    results = json.loads((tmp_path / "results/tiny/1-0/results.json").read_text())
-    assert f"| {results[0]['linear']['mean']:.1f} |" in first and "time left" in first
+    linear = []
+    for seed in (0, 1):
+        kept = tmp_path / "results" / claims.place(base, seed)
+        linear.append(json.loads((kept / "results.json").read_text())[0]["linear"]["mean"])
+    assert f"| {claims.format_mean(linear)} |" in first and "time left" in first
 
-    claims.main(["tiny"])
+    claims.main(["tiny", "--seeds", "2"])
     again = capfd.readouterr().out
-    assert "time left" not in again and again.splitlines()[-3:] == first.splitlines()[-3:]
+    assert "time left" not in again and again.splitlines()[-4:] == first.splitlines()[-4:]
     claims.main(["--list"])
-    assert "tiny: 2 of 2 runs. It runs." in capfd.readouterr().out
+    assert "tiny: 2 of 2 commands are run. It runs." in capfd.readouterr().out
+
+    claims.main(["eval"])  # with the encoder that is there
+    printed = capfd.readouterr().out
+    (record,) = json.loads(
+        (tmp_path / "runs" / claims.place(of_encoder, 0) / "eval.json").read_text()
+    )
+    assert f"| {record['top-1']['mean']:.1f} |" in printed and "time left" not in printed
