@@ -543,6 +543,26 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
     return args
 
 
+def parse_arguments_for(
+    images: common.ImageSet, argv: list[str] | None
+) -> tuple[argparse.Namespace, dict]:
+    """Parse the flags, with the defaults for these images.
+
+    Returns:
+        The flags, and the defaults of the preset that they have taken.
+    """
+    args = parse_arguments(argv)
+    side = args.image_size or images.side
+    preset = args.preset or common.choose_preset(args.data, side, len(images))
+    defaults = {"batch_size": default_batch_size(images.labels)} | PRESETS[preset]
+    args = parse_arguments(argv, defaults | {"preset": preset})
+    args.image_size = side
+    args.stem = args.stem or ("3x3" if side <= 64 else "7x7")
+    names = [name for name in OPERATIONS if name != "blur" or side > 64]
+    args.augment = args.augment or names
+    return args, {name: value for name, value in defaults.items() if vars(args)[name] == value}
+
+
 # --------------------------------------------------------------------------------------
 # Training
 # --------------------------------------------------------------------------------------
@@ -586,16 +606,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     classes = len(images.classes)
 
     # The flags again, with the defaults for these images.
-    side = args.image_size or images.side
-    preset = args.preset or common.choose_preset(args.data, side, len(images))
-    defaults = {"batch_size": default_batch_size(images.labels)} | PRESETS[preset]
-    args = parse_arguments(argv, defaults | {"preset": preset})
-    used = {name: value for name, value in defaults.items() if vars(args)[name] == value}
-    accelerator.print(common.describe_preset(preset, used))
-    args.image_size = args.image_size or images.side
-    args.stem = args.stem or ("3x3" if args.image_size <= 64 else "7x7")
-    names = [name for name in OPERATIONS if name != "blur" or args.image_size > 64]
-    args.augment = args.augment or names
+    args, defaults = parse_arguments_for(images, argv)
+    accelerator.print(common.describe_preset(args.preset, defaults))
     recipe = augmentation(args.augment, args.image_size, args.crop_scale, args.color_strength)
     common.check_batch_size(args.batch_size, len(images), processes)
     common.check_chunk_size(args.chunk_size, args.batch_size // processes)

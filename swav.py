@@ -635,6 +635,26 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
     return args
 
 
+def parse_arguments_for(
+    images: common.ImageSet, argv: list[str] | None
+) -> tuple[argparse.Namespace, dict]:
+    """Parse the flags, with the defaults for these images.
+
+    Returns:
+        The flags, and the defaults of the preset that they have taken.
+    """
+    args = parse_arguments(argv)
+    side = args.crop_sizes[0] if args.crop_sizes else images.side
+    preset = args.preset or common.choose_preset(args.data, side, len(images))
+    defaults = {"batch_size": common.default_batch_size(len(images))} | PRESETS[preset]
+    args = parse_arguments(argv, defaults | {"preset": preset})
+    args.crop_sizes = args.crop_sizes or default_crop_sizes(side)[: len(args.crops)]
+    args.stem = args.stem or ("3x3" if side <= 64 else "7x7")
+    names = [name for name in OPERATIONS if name != "blur" or side > 64]
+    args.augment = args.augment or names
+    return args, {name: value for name, value in defaults.items() if vars(args)[name] == value}
+
+
 # --------------------------------------------------------------------------------------
 # Training
 # --------------------------------------------------------------------------------------
@@ -676,17 +696,9 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     )
 
     # The flags again, with the defaults for these images.
-    side = args.crop_sizes[0] if args.crop_sizes else images.side
-    preset = args.preset or common.choose_preset(args.data, side, len(images))
-    defaults = {"batch_size": common.default_batch_size(len(images))} | PRESETS[preset]
-    args = parse_arguments(argv, defaults | {"preset": preset})
-    used = {name: value for name, value in defaults.items() if vars(args)[name] == value}
-    accelerator.print(common.describe_preset(preset, used))
-    args.crop_sizes = args.crop_sizes or default_crop_sizes(images.side)[: len(args.crops)]
+    args, defaults = parse_arguments_for(images, argv)
+    accelerator.print(common.describe_preset(args.preset, defaults))
     size = args.crop_sizes[0]
-    args.stem = args.stem or ("3x3" if size <= 64 else "7x7")
-    names = [name for name in OPERATIONS if name != "blur" or size > 64]
-    args.augment = args.augment or names
     recipes = build_recipes(args)
     common.check_batch_size(args.batch_size, len(images), processes)
     epoch_steps = len(images) // args.batch_size

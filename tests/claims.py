@@ -4,6 +4,7 @@
     python tests/claims.py moco-queue            # run what is missing, and print the table
     python tests/claims.py moco-queue --seeds 3  # with seeds 0, 1 and 2
     python tests/claims.py moco-queue --plot     # draw what there is, as data/moco-queue.png
+    python tests/claims.py --write               # all tables, to tests/results/README.md
 
 A claim is a set of commands, each run on one core. The settings, metrics and results of each run
 are kept under tests/results/, in a folder named after the command, as curves to compare your own
@@ -36,12 +37,14 @@ class Claim:
         base: what the commands have in common.
         variants: what follows in each of them.
         measures: the columns of the table.
+        finding: whether it holds here, once it has been run.
     """
 
     text: str
     base: str
     variants: list[str]
     measures: tuple[str, ...] = ("minutes", "loss", "kNN", "linear")
+    finding: str = ""
 
     @property
     def commands(self) -> list[str]:
@@ -247,6 +250,33 @@ def table(name: str) -> str:
     return "\n".join(lines)
 
 
+def summary(name: str) -> str:
+    """The row of a claim in the README's table: its commands, their accuracies, and the finding."""
+    claim = CLAIMS[name]
+    measure = next(m for m in ("kNN", "top-1", "5-NN") if m in claim.measures)
+    cells = []
+    for command, variant in zip(claim.commands, claim.variants, strict=True):
+        if runs := read_runs(command):
+            accuracy = format_mean([values[measure] for values in runs])
+            cells.append(f"`{variant}` {accuracy}" if variant else f"default {accuracy}")
+    return f"| {claim.text} | `{claim.base}` | {', '.join(cells)} | {claim.finding} |"
+
+
+def all_tables() -> str:
+    """The text of tests/results/README.md."""
+    parts = [
+        "# The papers' claims, run again\n\nThis page is written by `python tests/claims.py "
+        "--write` from the runs in the folders beside it. Accuracies are percentages of the test "
+        "images at the end of training. Each run had one core, with `OMP_NUM_THREADS=1`; how long "
+        "it took depends on the machine, which is not the same for all runs. Each folder holds the "
+        "settings and versions, the metrics of each epoch, and the results."
+    ]
+    for name, claim in CLAIMS.items():
+        finding = f" {claim.finding}" if claim.finding else ""
+        parts.append(f"## {name}\n\n{claim.text}{finding}\n\n{table(name)}")
+    return "\n\n".join(parts) + "\n"
+
+
 def plot(name: str) -> Path:
     """Draw the accuracies of a claim with matplotlib; returns the picture's path."""
     import matplotlib
@@ -282,13 +312,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=1, help="run each command with so many seeds")
     parser.add_argument("--list", action="store_true", help="list the claims")
     parser.add_argument("--plot", action="store_true", help="draw what there is, and run nothing")
+    parser.add_argument("--write", action="store_true", help="write tests/results/README.md")
     args = parser.parse_args(argv)
     if args.list:
         for name, claim in CLAIMS.items():
             done = sum(bool(read_runs(command)) for command in claim.commands)
             print(f"{name}: {done} of {len(claim.commands)} commands are run. {claim.text}")
+    elif args.write:
+        (RESULTS / "README.md").write_text(all_tables())
     elif args.name is None:
-        parser.error("name a claim, or use --list")
+        parser.error("name a claim, or use --list or --write")
     elif args.plot:
         print(plot(args.name))
     else:

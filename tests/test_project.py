@@ -102,7 +102,7 @@ for method, argv in {runs}:
 
 # What each method does in its own way, under a name that all of them use.
 OWN_WAY = {"augmentation", "find_problems", "build_optimizer", "build_parser", "parse_arguments"}
-OWN_WAY |= {"main"}
+OWN_WAY |= {"parse_arguments_for", "main"}
 # Paragraphs of main that every script has, by what they begin with.
 SHARED_PARAGRAPHS = [
     "    args = parse_arguments(argv)\n    torch.backends",
