@@ -82,6 +82,12 @@ CLAIMS = {
         "simclr.py --epochs 12",
         each("--head-layers", 0, 1, ""),
     ),
+    "simclr-layer": Claim(
+        "The features before the head are better than those after it (SimCLR, section 4.2).",
+        "",
+        ["simclr.py --epochs 12", "tests/features_after_head.py {simclr.py --epochs 12}"],
+        ("kNN", "linear"),
+    ),
     "simclr-temperature": Claim(
         "The temperature (by default 0.1) has an optimum between its extremes (SimCLR, Table 5).",
         "simclr.py --epochs 12",
@@ -204,13 +210,15 @@ def read_run(kept: Path) -> dict[str, float]:
         (result,) = json.loads((kept / "eval.json").read_text())
         return {"top-1": result["top-1"]["mean"]}
 
-    batch_size = json.loads((kept / "config.json").read_text())["settings"]["batch_size"]
-    step, seconds = 0, 0.0
-    for line in (kept / "metrics.jsonl").read_text().splitlines():
-        metrics = json.loads(line)
-        seconds += (metrics["step"] - step) * batch_size / metrics["images_per_s"]
-        step = metrics["step"]
-    values = metrics | {"minutes": seconds / 60}
+    values = {}
+    if (kept / "metrics.jsonl").exists():
+        batch_size = json.loads((kept / "config.json").read_text())["settings"]["batch_size"]
+        step, seconds = 0, 0.0
+        for line in (kept / "metrics.jsonl").read_text().splitlines():
+            values = json.loads(line)
+            seconds += (values["step"] - step) * batch_size / values["images_per_s"]
+            step = values["step"]
+        values["minutes"] = seconds / 60
     for measure, value in json.loads((kept / "results.json").read_text())[0].items():
         values[measure] = value["mean"] if isinstance(value, dict) else value
     return values

@@ -1,12 +1,17 @@
 """The papers' claims: their commands, and the results that are kept in tests/results/."""
 
 import json
+import re
 import shlex
+import sys
 
 import claims
+import features_after_head
 import pytest
-from conftest import ROOT, TINY
+import torch
+from conftest import ROOT, TINY, run, settings
 
+import common
 import drlim
 import linear_eval
 import moco
@@ -23,7 +28,9 @@ MEASURES = ("kNN", "linear", "kNN (10 a class)", "linear (10 a class)")
 
 def parsed(command, seed):
     """The settings that a command has on the bundled images."""
-    script, *words = shlex.split(command)
+    script, *words = shlex.split(re.sub("{.*}", "ENCODER", command))
+    if script == "tests/features_after_head.py":
+        return {"data": None}
     if script == "linear_eval.py":
         return vars(linear_eval.parse_arguments(words))
     module = MODULES[script]
@@ -48,6 +55,9 @@ def test_kept_results_are_from_the_command_of_a_claim(kept):
     if (kept / "eval.json").exists():
         used = json.loads((kept / "eval.json").read_text())[0]["settings"]
         assert all(used[flag] == expected[flag] for flag in ("labels", "protocol", "seeds"))
+        return
+    if "features_after_head" in command:
+        assert (kept / "results.json").exists()
         return
     used = json.loads((kept / "config.json").read_text())["settings"]
     for flag, value in expected.items():
@@ -104,3 +114,20 @@ def test_a_claim_is_run_once_and_its_table_has_the_means(folder, tmp_path, monke
         (tmp_path / "runs" / claims.place(of_encoder, 0) / "eval.json").read_text()
     )
     assert f"| {record['top-1']['mean']:.1f} |" in printed and "time left" not in printed
+
+
+def test_features_after_the_head_are_not_those_before_it(folder, tmp_path, monkeypatch):
+    out = run("simclr", folder, tmp_path / "run")
+    argv = [out / "encoder.safetensors", "--out", tmp_path / "z"]
+    monkeypatch.setattr(sys, "argv", ["features_after_head.py", *map(str, argv)])
+    features_after_head.main()
+    (row,) = json.loads((tmp_path / "z" / "results.json").read_text())
+
+    _, bank, test, _ = common.load_splits(str(folder), "data", None, torch.device("cpu"))
+    network = features_after_head.load_network(out, settings(out))
+    assert common.extract_features(network, test, 12).shape == (18, 8)
+    assert row["kNN"]["mean"] == common.knn_accuracy(network, bank, test, 12)
+    encoder, _ = common.load_encoder(out / "encoder.safetensors")
+    torch.testing.assert_close(
+        common.extract_features(network[0], test, 12), common.extract_features(encoder, test, 12)
+    )
