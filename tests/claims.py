@@ -3,7 +3,7 @@
     python tests/claims.py --list                # the claims, and how many of their runs are done
     python tests/claims.py moco-queue            # run what is missing, and print the table
     python tests/claims.py moco-queue --seeds 3  # with seeds 0, 1 and 2
-    python tests/claims.py moco-queue --plot     # draw what there is, as data/moco-queue.png
+    python tests/claims.py moco-queue --plot     # draw it, as tests/results/moco-queue.png
     python tests/claims.py --write               # all tables, to tests/results/README.md
 
 A claim is a set of commands, each run on one core. The settings, metrics and results of each run
@@ -308,7 +308,7 @@ def plot(name: str) -> Path:
     axes.set_title(claim.base)
     axes.set_ylabel("test accuracy in percent")
     axes.legend()
-    path = ROOT / "data" / f"{name}.png"
+    path = RESULTS / f"{name}.png"
     figure.savefig(path, dpi=100)
     return path
 
