@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -181,14 +182,19 @@ def disagree(folder, out, flag, *values):
     simclr.main(arguments("simclr", folder, out, "--batch-size 8", flag, value))
 
 
+def arguments_of_two(name, folder):
+    """The flags of a run on two processes."""
+    if name == "drlim":
+        return ["--data", str(folder), "--batch-size", "8", "--epochs", "2"]
+    own = {**OWN, "moco": ["--symmetric", "--bn-splits", "2"], "swav": ["--prototypes", "4"]}
+    return ["--data", str(folder), *TINY, "--batch-size", "8", *own[name]]
+
+
 def stop_and_continue(folder, out):
     """For each method: a whole run, and one that is interrupted within an epoch and resumed."""
     out = f"{out}-machine{os.environ['GROUP_RANK']}"  # The machines share no folder.
-    own = {**OWN, "moco": ["--symmetric"], "swav": ["--prototypes", "4"]}
     for name, module in MODULES.items():
-        argv = ["--data", folder, *TINY, "--batch-size", "8", *own[name]]
-        if name == "drlim":
-            argv = ["--data", folder, "--batch-size", "8", "--epochs", "2"]
+        argv = arguments_of_two(name, folder)
         module.main([*argv, "--out", f"{out}/{name}-whole"])
         module.SAVE_MINUTES = 0  # It saves after each step.
         real = module.save_run
@@ -212,6 +218,8 @@ def stop_and_continue(folder, out):
             module.main([*argv, "--out", f"{out}/{name}"])
         except KeyboardInterrupt:
             print(f"{name} was stopped")
+        if common.PartialState().is_main_process:
+            shutil.copytree(f"{out}/{name}", f"{out}/{name}-stopped")
         module.save_run, module.learning_rate = real, learning_rate
         module.main([*argv, "--out", f"{out}/{name}"])
 
@@ -389,6 +397,19 @@ def test_a_run_on_two_processes_that_was_stopped_ends_as_one_that_was_not(stoppe
     assert_same_end(out / method, out / f"{method}-whole")
     assert not list((out / method).glob(".partial*"))
     assert not out.with_name("run-machine1").exists()  # where there is no checkpoint
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_of_two_processes_continues_on_one(stopped, few, tmp_path, capsys, method):
+    out, _ = stopped
+    shutil.copytree(out / f"{method}-stopped", tmp_path / "run")
+    MODULES[method].main([*arguments_of_two(method, few), "--out", str(tmp_path / "run")])
+    assert "resuming after step 4 of" in capsys.readouterr().out
+    whole, continued = metrics(out / f"{method}-whole"), metrics(tmp_path / "run")
+    assert continued[-1]["step"] == whole[-1]["step"] > 4
+    # The images and views are the same. Batch norm's groups are, too, only in MoCo; DrLIM has none.
+    close = 1e-3 if method in ("moco", "drlim") else 0.2
+    assert continued[-1]["loss"] == pytest.approx(whole[-1]["loss"], rel=close)
 
 
 # --------------------------------------------------------------------------------------
