@@ -139,14 +139,14 @@ CLAIMS = {
         ("minutes", "loss", "prototypes", "kNN", "linear"),
     ),
     "supcon-loss": Claim(
-        "L_out (the default) is better than L_in, and that than cross-entropy (SupCon, section 4).",
+        "L_out (the default) is better than cross-entropy, and that than L_in (SupCon, section 4).",
         "supcon.py --epochs 10",
-        each("--loss", "", "in", "ce"),
+        each("--loss", "", "ce", "in"),
     ),
     "supcon-noise": Claim(
         "SupCon tolerates wrong labels better than cross-entropy (SupCon, section 4.3).",
         "supcon.py --epochs 10 --label-noise 0.4",
-        each("--loss", "", "in", "ce"),
+        each("--loss", "", "ce", "in"),
     ),
     "supcon-temperature": Claim(
         "A low temperature (0.1 by default) is best (SupCon, Fig. 4).",
@@ -254,20 +254,26 @@ def table(name: str) -> str:
         cells = ["not run"] * len(measures)
         if runs:
             cells = [format_mean([values[measure] for values in runs]) for measure in measures]
-        lines.append(f"| `python {command}` | {' | '.join(cells)} | {len(runs)} |")
+        lines.append(f"| `python {shown(command)}` | {' | '.join(cells)} | {len(runs)} |")
     return "\n".join(lines)
+
+
+def shown(command: str) -> str:
+    """A command as the tables show it."""
+    return re.sub("{.*}", "ENCODER", command)
 
 
 def summary(name: str) -> str:
     """The row of a claim in the README's table: its commands, their accuracies, and the finding."""
     claim = CLAIMS[name]
-    measure = next(m for m in ("kNN", "top-1", "5-NN") if m in claim.measures)
+    measures = [m for m in ("kNN", "linear", "top-1", "5-NN") if m in claim.measures]
     cells = []
     for command, variant in zip(claim.commands, claim.variants, strict=True):
         if runs := read_runs(command):
-            accuracy = format_mean([values[measure] for values in runs])
-            cells.append(f"`{variant}` {accuracy}" if variant else f"default {accuracy}")
-    return f"| {claim.text} | `{claim.base}` | {', '.join(cells)} | {claim.finding} |"
+            means = [format_mean([values[measure] for values in runs]) for measure in measures]
+            cells.append(f"{f'`{shown(variant)}`' if variant else 'default'} {' / '.join(means)}")
+    base = f"`{claim.base}`" if claim.base else ""
+    return f"| {claim.text} | {base} | {', '.join(cells)} | {claim.finding} |"
 
 
 def all_tables() -> str:

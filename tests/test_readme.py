@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
+import torchvision
 from conftest import metrics, run
 from torchvision.transforms import v2
 
@@ -77,4 +78,18 @@ def test_the_parts_work_in_a_loop_of_ones_own():
     names["network"] = torch.nn.Flatten()
     exec(code.replace("stop=1000", "stop=2"), names)
     assert names["z1"].shape == (256, 3 * 32 * 32)
-    assert names["views"].shape == (2, 256, 3, 32, 32) and names["index"].shape == (256,)
+    assert names["x"].shape == (2, 256, 3, 32, 32) and names["index"].shape == (256,)
+
+
+def test_a_dataset_becomes_a_file_that_is_trained_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (code,) = (block for block in blocks if "np.savez" in block)
+    names = {}
+    for name, size in (("train_set", 40), ("test_set", 20)):
+        names[name] = torchvision.datasets.FakeData(size, (3, 12, 10), num_classes=2)
+    exec(code, names)
+    out = run("simclr", "birds.npz", tmp_path / "run", "--max-steps 1")
+    images, _, test, _ = common.load_splits("birds.npz", "data", None, torch.device("cpu"))
+    assert images.pixels.shape == (40, 3, 12, 10) and len(test) == 20
+    assert (out / "results.json").exists()
