@@ -790,7 +790,8 @@ def test_training_lowers_the_loss(method, few, tmp_path):
 
 
 def test_bfloat16_trains_float32_weights(method, few, tmp_path):
-    more = ["--epochs", 1] + (["--crops", 2] if method == "swav" else [])
+    # One step: later ones would tell apart what the processors' bfloat16 makes of the weights.
+    more = ["--max-steps", 1] + (["--crops", 2] if method == "swav" else [])
     exact = run(method, few, tmp_path / "exact", *more)
     argv = arguments(method, few, tmp_path / "run", *more)
     bf16 = {"ACCELERATE_MIXED_PRECISION": "bf16"}  # what `accelerate launch` sets
@@ -801,7 +802,7 @@ def test_bfloat16_trains_float32_weights(method, few, tmp_path):
         assert all(v.dtype == torch.float32 for v in part.values() if v.is_floating_point())
     assert settings(tmp_path / "run")["mixed_precision"] == "bf16"
     losses = [metrics(out)[0]["loss"] for out in (exact, tmp_path / "run")]
-    assert 1e-7 < abs(losses[0] - losses[1]) < 0.3  # it did compute in bfloat16
+    assert 1e-7 < abs(losses[0] - losses[1]) < 0.1  # it did compute in bfloat16
 
 
 def test_a_run_of_images_without_classes_leaves_an_encoder(method, few, tmp_path, capsys):
