@@ -81,12 +81,14 @@ CLAIMS = {
         "(SimCLR, Fig. 8).",
         "simclr.py --epochs 12",
         each("--head-layers", 0, 1, ""),
+        finding="In part: no head is worst, but the second layer adds nothing.",
     ),
     "simclr-layer": Claim(
         "The features before the head are better than those after it (SimCLR, section 4.2).",
         "",
         ["simclr.py --epochs 12", "tests/features_after_head.py {simclr.py --epochs 12}"],
         ("kNN", "linear"),
+        "Yes, for the linear classifier.",
     ),
     "simclr-temperature": Claim(
         "The temperature (by default 0.1) has an optimum between its extremes (SimCLR, Table 5).",
@@ -183,12 +185,12 @@ def run(command: str, seed: int) -> Path:
         if not kept.exists() and not encoder.exists():
             shutil.rmtree(RESULTS / place(encoder_of[1], seed), ignore_errors=True)
             run(encoder_of[1], seed)
-        words = command.replace(encoder_of[0], str(encoder)).split()
+        words = command.replace(encoder_of[0], os.path.relpath(encoder, ROOT)).split()
     if kept.exists():
         return out
 
     out.mkdir(parents=True, exist_ok=True)
-    words += ["--out", str(out)]
+    words += ["--out", os.path.relpath(out, ROOT)]
     if words[0] != "linear_eval.py":
         words += ["--seed", str(seed)]
     print(f"python {' '.join(words)}", flush=True)
@@ -281,9 +283,9 @@ def all_tables() -> str:
     parts = [
         "# The papers' claims, run again\n\nThis page is written by `python tests/claims.py "
         "--write` from the runs in the folders beside it. Accuracies are percentages of the test "
-        "images at the end of training. Each run had one core, with `OMP_NUM_THREADS=1`; how long "
-        "it took depends on the machine, which is not the same for all runs. Each folder holds the "
-        "settings and versions, the metrics of each epoch, and the results."
+        "images at the end of training. Each run had one core, with `OMP_NUM_THREADS=1`. The "
+        "minutes depend on the machine and on what else it did, so do not compare them. Each "
+        "folder holds the settings and versions, the metrics of each epoch, and the results."
     ]
     for name, claim in CLAIMS.items():
         finding = f" {claim.finding}" if claim.finding else ""
