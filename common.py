@@ -997,7 +997,7 @@ def _has_splits(data: str) -> bool:
     """Whether --data has labeled images for training and test."""
     if data.endswith(".npz"):
         with _open_arrays(data) as file:
-            return "test_images" in file
+            return any(name in file for name in ("train_labels", "test_images", "test_labels"))
     return data in SETS or any(Path(data, name).is_dir() for name in ("train", "val", "test"))
 
 

@@ -296,6 +296,7 @@ WRONG_ARRAYS = {
     "negative labels": ({"train_labels": LABELS - 1}, "from 0"),
     "a new class": ({"test_labels": LABELS + 1}, "highest of train_labels"),
     "no labels": ({"train_labels": None}, "train_labels"),
+    "no test images": ({"test_images": None, "test_labels": None}, "test_images"),
     "a pickle": ({"train_images": np.array([None, "x"])}, "allow_pickle"),
 }
 
