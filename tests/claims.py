@@ -67,9 +67,9 @@ CLAIMS = {
     ),
     "few-labels": Claim(
         "With few labels, a pretrained encoder is better than an untrained one (SimCLR, Table 7).",
-        "linear_eval.py",
+        "linear_eval.py --seeds 3",
         [
-            f"{encoder} --labels {labels} --protocol {protocol} --seeds 3"
+            f"{encoder} --labels {labels} --protocol {protocol}"
             for encoder in ("{simclr.py}", "random --arch small --data fashion-mini")
             for labels in (10, 100)
             for protocol in ("linear", "finetune")
@@ -208,10 +208,6 @@ def run(command: str, seed: int) -> Path:
 
 def read_run(kept: Path) -> dict[str, float]:
     """What a run has measured: accuracies in percent, minutes of training, and the last metrics."""
-    if (kept / "eval.json").exists():
-        (result,) = json.loads((kept / "eval.json").read_text())
-        return {"top-1": result["top-1"]["mean"]}
-
     values = {}
     if (kept / "metrics.jsonl").exists():
         batch_size = json.loads((kept / "config.json").read_text())["settings"]["batch_size"]
@@ -227,9 +223,15 @@ def read_run(kept: Path) -> dict[str, float]:
 
 
 def read_runs(command: str) -> list[dict[str, float]]:
-    """What the finished runs of a command have measured, with one seed after another."""
-    folders = sorted((RESULTS / place(command, 0)).parent.glob("seed-*"))
-    return [read_run(kept) for kept in folders]
+    """What a command has measured, for each of its seeds."""
+    runs = []
+    for kept in sorted((RESULTS / place(command, 0)).parent.glob("seed-*")):
+        if (kept / "eval.json").exists():  # linear_eval.py takes several seeds at once.
+            (result,) = json.loads((kept / "eval.json").read_text())
+            runs += result["runs"]
+        else:
+            runs.append(read_run(kept))
+    return runs
 
 
 # --------------------------------------------------------------------------------------
@@ -301,21 +303,29 @@ def plot(name: str) -> Path:
     import matplotlib.pyplot as plt
 
     claim = CLAIMS[name]
+    measures = [m for m in ("kNN", "linear", "top-1", "5-NN") if m in claim.measures]
     runs = {}
     for command, variant in zip(claim.commands, claim.variants, strict=True):
         if read_runs(command):
-            runs[variant or "default"] = read_runs(command)
-    figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
-    for measure, marker in (("kNN", "o"), ("linear", "s"), ("top-1", "o"), ("5-NN", "o")):
-        if measure not in claim.measures:
-            continue
-        means = [statistics.mean(values[measure] for values in seeds) for seeds in runs.values()]
-        axes.plot(list(runs), means, marker=marker, label=measure)
-        for variant, seeds in runs.items():
-            axes.scatter([variant] * len(seeds), [values[measure] for values in seeds], 8, "gray")
+            runs[shown(variant) or "default"] = read_runs(command)
+
+    figure, axes = plt.subplots(figsize=(8, 0.8 + 0.4 * len(runs)), layout="constrained")
+    height = 0.8 / len(measures)
+    lowest = 100.0
+    for i, measure in enumerate(measures):
+        for row, seeds in enumerate(runs.values()):
+            values = [values[measure] for values in seeds]
+            place_of_bar = row + i * height
+            bar = axes.barh(place_of_bar, statistics.mean(values), 0.9 * height, color=f"C{i}")
+            axes.scatter(values, [place_of_bar] * len(values), 9, "black", zorder=2)
+            lowest = min(lowest, *values)
+        bar.set_label(measure)
+    axes.set_yticks([row + 0.4 - height / 2 for row in range(len(runs))], list(runs))
+    axes.invert_yaxis()
+    axes.set_xlim(left=max(0, lowest - 3))
+    axes.set_xlabel("test accuracy in percent; the axis does not begin at 0")
     axes.set_title(claim.base)
-    axes.set_ylabel("test accuracy in percent")
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     path = RESULTS / f"{name}.png"
     figure.savefig(path, dpi=100)
     return path

@@ -10,6 +10,7 @@ import features_after_head
 import pytest
 import torch
 from conftest import ROOT, TINY, run, settings
+from PIL import Image
 
 import common
 import drlim
@@ -89,7 +90,7 @@ def test_the_tables_are_what_the_results_say():
 def test_a_claim_is_run_once_and_its_table_has_the_means(folder, tmp_path, monkeypatch, capfd):
     base = f"simclr.py --data {folder} {' '.join(TINY)}"
     claim = claims.Claim("It runs.", base, [""])
-    of_encoder = f"linear_eval.py {{{base}}} --protocol knn --labels 2 --knn-k 3 --seeds 2"
+    of_encoder = f"linear_eval.py --seeds 2 {{{base}}} --protocol knn --labels 2 --knn-k 3"
     monkeypatch.setitem(claims.CLAIMS, "tiny", claim)
     monkeypatch.setitem(claims.CLAIMS, "eval", claims.Claim("", "", [of_encoder], ("top-1",)))
     monkeypatch.setattr(claims, "RESULTS", tmp_path / "results")
@@ -108,12 +109,18 @@ def test_a_claim_is_run_once_and_its_table_has_the_means(folder, tmp_path, monke
     claims.main(["--list"])
     assert "tiny: 1 of 1 commands are run. It runs." in capfd.readouterr().out
 
+    claims.main(["tiny", "--plot"])
+    with Image.open(tmp_path / "results" / "tiny.png") as picture:
+        assert picture.size[0] > picture.size[1] and len(picture.convert("RGB").getcolors()) > 9
+
+    capfd.readouterr()
     claims.main(["eval"])  # with the encoder that is there
     printed = capfd.readouterr().out
     (record,) = json.loads(
         (tmp_path / "runs" / claims.place(of_encoder, 0) / "eval.json").read_text()
     )
-    assert f"| {record['top-1']['mean']:.1f} |" in printed and "time left" not in printed
+    accuracy = [one["top-1"] for one in record["runs"]]
+    assert f"| {claims.format_mean(accuracy)} | 2 |" in printed and "time left" not in printed
 
 
 def test_features_after_the_head_are_not_those_before_it(folder, tmp_path, monkeypatch):
