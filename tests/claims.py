@@ -75,6 +75,7 @@ CLAIMS = {
             for protocol in ("linear", "finetune")
         ],
         ("top-1",),
+        "Yes, but with 100 labels a class fine-tuning gains only a point from it.",
     ),
     "simclr-head": Claim(
         "A nonlinear head (the default) is better than a linear one, and that than none "
@@ -277,7 +278,7 @@ def summary(name: str) -> str:
             means = [format_mean([values[measure] for values in runs]) for measure in measures]
             cells.append(f"{f'`{shown(variant)}`' if variant else 'default'} {' / '.join(means)}")
     base = f"`{claim.base}`" if claim.base else ""
-    return f"| {claim.text} | {base} | {', '.join(cells)} | {claim.finding} |"
+    return f"| {claim.text} | {base} | {'<br>'.join(cells)} | {claim.finding} |"
 
 
 def all_tables() -> str:
