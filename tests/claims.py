@@ -310,7 +310,7 @@ def plot(name: str) -> Path:
         if read_runs(command):
             runs[shown(variant) or "default"] = read_runs(command)
 
-    figure, axes = plt.subplots(figsize=(8, 0.8 + 0.4 * len(runs)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 0.8 + 0.4 * len(runs)), layout="constrained")
     height = 0.8 / len(measures)
     lowest = 100.0
     for i, measure in enumerate(measures):
@@ -326,7 +326,8 @@ def plot(name: str) -> Path:
     axes.set_xlim(left=max(0, lowest - 3))
     axes.set_xlabel("test accuracy in percent; the axis does not begin at 0")
     axes.set_title(claim.base)
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    if len(measures) > 1:
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     path = RESULTS / f"{name}.png"
     figure.savefig(path, dpi=100)
     return path

@@ -111,7 +111,8 @@ def test_a_claim_is_run_once_and_its_table_has_the_means(folder, tmp_path, monke
 
     claims.main(["tiny", "--plot"])
     with Image.open(tmp_path / "results" / "tiny.png") as picture:
-        assert picture.size[0] > picture.size[1] and len(picture.convert("RGB").getcolors(10**6)) > 9
+        colors = picture.convert("RGB").getcolors(10**6)
+        assert picture.size[0] > picture.size[1] and len(colors) > 9
 
     capfd.readouterr()
     claims.main(["eval"])  # with the encoder that is there
