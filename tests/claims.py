@@ -82,7 +82,8 @@ CLAIMS = {
         "(SimCLR, Fig. 8).",
         "simclr.py --epochs 12",
         each("--head-layers", 0, 1, ""),
-        finding="In part: no head is worst, but the second layer adds nothing.",
+        finding="In part: the linear classifier is worst without a head, but a second layer adds "
+        "nothing.",
     ),
     "simclr-layer": Claim(
         "The features before the head are better than those after it (SimCLR, section 4.2).",
