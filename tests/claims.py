@@ -135,6 +135,7 @@ CLAIMS = {
         "",
         ["swav.py --epochs 9", "tests/swav_without_partition.py --epochs 9"],
         ("minutes", "loss", "prototypes", "kNN", "linear"),
+        "Yes: one prototype is left, and the features are below those of an untrained network.",
     ),
     "swav-queue": Claim(
         "The queue helps small batches (SwAV, section 3.1).",
