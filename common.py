@@ -1012,6 +1012,7 @@ def _load_split(
     split: str,
 ) -> ImageSet:
     """One split of load_splits: "train", "held-out", "unlabeled", "test" or "all"."""
+    # The images as an array [N, C, H, W] or as an array of paths [N].
     part = "train" if split == "held-out" else split
     if data in SETS:
         with PartialState().local_main_process_first():  # so that only one process downloads
@@ -1020,6 +1021,7 @@ def _load_split(
         source, labels, classes = _read_arrays(data, part)
     else:
         source, labels, classes = _list_folder(data, part)
+
     labels = torch.as_tensor(labels).long()
     chosen = choose_images(len(labels), split, limit, holdout)
     if chosen is not None:
@@ -1030,7 +1032,9 @@ def _load_split(
         # Images whose pixels lie apart in memory, as stl10's, take several times as long to select.
         source = np.ascontiguousarray(source)
         if data not in SETS:
-            fingerprint += f" ({hashlib.sha256(source).hexdigest()[:8]})"
+            content = hashlib.sha256(source)
+            content.update(labels.numpy())
+            fingerprint += f" ({content.hexdigest()[:8]})"
         pixels = torch.as_tensor(source)
     else:
         names = os.fsencode("\n".join(source))
@@ -1115,6 +1119,7 @@ def _read_arrays(path: str, split: str) -> tuple[np.ndarray, np.ndarray, Sequenc
         images = file[f"{part}_images"]
         labels = np.full(len(images), -1) if split == "all" else file[f"{part}_labels"]
         classes = 0 if split == "all" else int(file["train_labels"].max()) + 1
+
     shape = list(images.shape)
     if images.ndim == 3:
         images = images[:, None]
@@ -1125,6 +1130,7 @@ def _read_arrays(path: str, split: str) -> tuple[np.ndarray, np.ndarray, Sequenc
             f"--data {path}: {part}_images must be uint8 [N, H, W], [N, H, W, C] or [N, C, H, W] "
             f"with C = 1 or 3, and is {images.dtype} {shape}: convert it"
         )
+
     if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
         fail(f"--data {path}: {part}_labels must be a whole number for each image: convert it")
     if classes and not 0 <= labels.min() <= labels.max() < classes:

@@ -648,11 +648,15 @@ def parse_arguments_for(
     preset = args.preset or common.choose_preset(args.data, side, len(images))
     defaults = {"batch_size": common.default_batch_size(len(images))} | PRESETS[preset]
     args = parse_arguments(argv, defaults | {"preset": preset})
+
+    # Flags that follow from the size of the views.
     args.crop_sizes = args.crop_sizes or default_crop_sizes(side)[: len(args.crops)]
     args.stem = args.stem or ("3x3" if side <= 64 else "7x7")
     names = [name for name in OPERATIONS if name != "blur" or side > 64]
     args.augment = args.augment or names
-    return args, {name: value for name, value in defaults.items() if vars(args)[name] == value}
+
+    taken = {name: value for name, value in defaults.items() if vars(args)[name] == value}
+    return args, taken
 
 
 # --------------------------------------------------------------------------------------

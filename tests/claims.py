@@ -180,26 +180,20 @@ def place(command: str, seed: int) -> Path:
     return Path(words.strip("-"), f"seed-{seed}")
 
 
-def run(command: str, seed: int) -> Path:
-    """Run a command, unless its results are there; returns the folder of the run."""
-    out, kept = RUNS / place(command, seed), RESULTS / place(command, seed)
+def run(command: str, seed: int) -> None:
+    """Run a command, unless its results are there, and keep them."""
+    kept = RESULTS / place(command, seed)
+    if kept.exists():
+        return
+
     words = command.split()
     if encoder_of := re.search(r"{(.*)}", command):  # This run evaluates the encoder of another.
         encoder = RUNS / place(encoder_of[1], seed) / "encoder.safetensors"
-        if not kept.exists() and not encoder.exists():
-            shutil.rmtree(RESULTS / place(encoder_of[1], seed), ignore_errors=True)
-            run(encoder_of[1], seed)
+        if not encoder.exists():
+            start(encoder_of[1].split(), encoder.parent, seed)
         words = command.replace(encoder_of[0], os.path.relpath(encoder, ROOT)).split()
-    if kept.exists():
-        return out
-
-    out.mkdir(parents=True, exist_ok=True)
-    words += ["--out", os.path.relpath(out, ROOT)]
-    if words[0] != "linear_eval.py":
-        words += ["--seed", str(seed)]
-    print(f"python {' '.join(words)}", flush=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, check=True)
+    out = RUNS / place(command, seed)
+    start(words, out, seed)
 
     copy = kept.with_name(f".{kept.name}")  # renamed when it is complete
     copy.mkdir(parents=True, exist_ok=True)
@@ -207,7 +201,17 @@ def run(command: str, seed: int) -> Path:
         if (out / name).exists():
             shutil.copy(out / name, copy / name)
     copy.rename(kept)
-    return out
+
+
+def start(words: list[str], out: Path, seed: int) -> None:
+    """Run a script with its flags on one core, in a folder of its own."""
+    out.mkdir(parents=True, exist_ok=True)
+    words = [*words, "--out", os.path.relpath(out, ROOT)]
+    if words[0] != "linear_eval.py":
+        words += ["--seed", str(seed)]
+    print(f"python {' '.join(words)}", flush=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, check=True)
 
 
 def read_run(kept: Path) -> dict[str, float]:
@@ -231,8 +235,7 @@ def read_runs(command: str) -> list[dict[str, float]]:
     runs = []
     for kept in sorted((RESULTS / place(command, 0)).parent.glob("seed-*")):
         if (kept / "eval.json").exists():  # linear_eval.py takes several seeds at once.
-            (result,) = json.loads((kept / "eval.json").read_text())
-            runs += result["runs"]
+            runs += json.loads((kept / "eval.json").read_text())[-1]["runs"]
         else:
             runs.append(read_run(kept))
     return runs

@@ -138,10 +138,12 @@ def test_a_file_of_arrays_trains_as_a_folder_of_the_same_images(folder, tmp_path
     knn = metrics(from_arrays)[-1]["knn"]
     assert f"{knn:.1f}" in capsys.readouterr().out
 
-    arrays["train_images"][:, 0, 0, 0] += 1
-    np.savez(file, **arrays)
-    argv = arguments("supcon", file, from_arrays, "--limit 40")
-    assert "images was" in refused(capsys, supcon.main, argv)
+    for name in ("train_images", "train_labels"):  # another pixel of each image, or other labels
+        changed = {name: arrays[name].copy()}
+        changed[name].reshape(48, -1)[:, 0] = changed[name].reshape(48, -1)[::-1, 0]
+        np.savez(file, **arrays | changed)
+        argv = arguments("supcon", file, from_arrays, "--limit 40")
+        assert "images was" in refused(capsys, supcon.main, argv)
 
 
 def test_arrays_without_labels_are_for_training_alone(folder, tmp_path):
