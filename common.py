@@ -1130,6 +1130,8 @@ def _read_arrays(path: str, split: str) -> tuple[np.ndarray, np.ndarray, Sequenc
             f"--data {path}: {part}_images must be uint8 [N, H, W], [N, H, W, C] or [N, C, H, W] "
             f"with C = 1 or 3, and is {images.dtype} {shape}: convert it"
         )
+    if images.size == 0:
+        fail(f"--data {path}: {part}_images is empty: add images")
 
     if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
         fail(f"--data {path}: {part}_labels must be a whole number for each image: convert it")

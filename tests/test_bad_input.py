@@ -290,6 +290,7 @@ ARRAYS |= {"test_images": IMAGES, "test_labels": LABELS}
 WRONG_ARRAYS = {
     "numbers in 0..1": ({"test_images": IMAGES / 255}, "test_images must be uint8"),
     "two channels": ({"train_images": np.zeros((30, 2, 12, 12), np.uint8)}, "C = 1 or 3"),
+    "no images": ({"test_images": IMAGES[:0], "test_labels": LABELS[:0]}, "test_images is empty"),
     "flat images": ({"train_images": IMAGES.reshape(30, -1)}, "is uint8 [30, 144]"),
     "fewer labels": ({"train_labels": LABELS[:20]}, "train_labels"),
     "names as labels": ({"test_labels": LABELS.astype(str)}, "cannot be read|test_labels"),
