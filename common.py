@@ -12,6 +12,7 @@ import json
 import math
 import os
 import signal
+import statistics
 import sys
 import textwrap
 import time
@@ -68,7 +69,10 @@ STATISTICS = {
 }
 # The weight decays that a linear probe tries, from the strongest to the weakest.
 PROBE_DECAYS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
-MEMORY_LIMIT = 8 * 2**30  # bytes of pixels that may be kept on the device, at most
+MEMORY_LIMIT = 8 * 2**30  # bytes of pixels of image files that may be kept on the device, at most
+# The pictures that the scripts write beside config.json or eval.json, which are no data.
+PICTURES = ("views.png", "prototypes.png", "map.png", "neighbours.png")
+MAY_DIFFER = ("root", "workers", "out")  # flags that may differ between machines
 
 
 # --------------------------------------------------------------------------------------
@@ -92,7 +96,7 @@ def report(message: str, every_process: bool = False) -> None:
 
 
 def fail(message: str, every_process: bool = False) -> NoReturn:
-    """End the program because of something that the user can mend.
+    """End the program because of something that the user can fix.
 
     Args:
         message, every_process: what to print; see `report`.
@@ -109,7 +113,7 @@ def entry_point(advice: str) -> Iterator[None]:
     """Surround the main function of a script that is started from the command line.
 
     Ctrl-C ends the program with one line of advice instead of a traceback, and a lack of memory
-    with one line as well. At the end, the processes part cleanly.
+    with one line as well. At the end, the process group is shut down.
     """
     failure = None
     try:
@@ -123,21 +127,31 @@ def entry_point(advice: str) -> Iterator[None]:
     # DDP holds on to the process group. When it outlives the group, some runs abort at their end.
     gc.collect()
     # After a failure the other processes may still be at work, and NCCL would wait for them.
-    group = torch.distributed
-    if group.is_initialized() and (failure is None or group.get_backend() == "gloo"):
-        group.destroy_process_group()
+    distributed = torch.distributed
+    if distributed.is_initialized() and (failure is None or distributed.get_backend() == "gloo"):
+        distributed.destroy_process_group()
     if failure:
         raise failure
 
 
 def explain(error: BaseException, advice: str) -> SystemExit | None:
-    """Print one line on an error that the user can mend. Gives how to exit, or else None."""
+    """Print one line on an error that the user can fix.
+
+    Returns:
+        The exit to raise, or None for any other error.
+    """
     if isinstance(error, SystemExit):  # The line was printed before.
         return error
     if isinstance(error, KeyboardInterrupt):
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"\ninterrupted: {advice}", file=sys.stderr, flush=True)
         return SystemExit(128 + signal.SIGINT)
+    if "DataLoader worker (pid" in str(error):  # Torch raises it wherever the program is.
+        report(
+            "a data-loading process was killed, probably out of memory: use fewer --workers",
+            every_process=True,
+        )
+        return SystemExit(2)
     problem = memory_problem(error)
     if problem is None:
         return None
@@ -149,10 +163,10 @@ def explain(error: BaseException, advice: str) -> SystemExit | None:
     return SystemExit(2)
 
 
-def memory_problem(error: Exception) -> str | None:
+def memory_problem(error: BaseException) -> str | None:
     """The line of an error which says that memory ran out, of the host or of a device."""
     if isinstance(error, MemoryError):
-        return str(error) or repr(error)
+        return str(error).partition("\n")[0] or repr(error)
     # The last two are of tensors that are larger than any memory.
     phrases = ("can't allocate memory", "out of memory", "size calculation", "multiplication over")
     for line in str(error).splitlines():
@@ -165,7 +179,8 @@ def memory_problem(error: Exception) -> str | None:
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Give a temporary path to write to, which replaces `path` when the block has succeeded.
 
-    So nobody ever reads half a file, and after an error the old file is still there.
+    So nobody reads half a file, and after an error or a kill the old file is still there. Only one
+    process may write a file at a time.
     """
     path = Path(path)
     temporary = path.with_name(f".partial-{path.name}")  # some writers need to see the suffix
@@ -185,7 +200,7 @@ def write_json(path: Path, value: object) -> None:
         with atomic_write(path) as file:
             file.write_text(json.dumps(value, indent=1))
     except OSError as error:
-        fail(f"{path} cannot be written ({error}): choose another --out or free some space")
+        fail(f"{path} cannot be written ({error}): free some space, or choose another --out")
 
 
 def read_json(path: Path) -> object:
@@ -201,7 +216,9 @@ def read_checkpoint(path: Path) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # A damaged file can raise almost any exception.
-        fail(f"{path} cannot be read ({error!r:.200}): delete it to start over")
+        if memory_problem(error):  # The file is not to blame.
+            raise
+        fail(f"{path} cannot be read ({error!r:.200}): if it is damaged, delete it to start over")
 
 
 def save_arrays(path: Path, arrays: dict[str, Tensor]) -> None:
@@ -223,7 +240,7 @@ def generator(*key: int) -> torch.Generator:
 
 
 def start_accelerator(log_with: str | None = None, folder: Path | None = None) -> Accelerator:
-    """Start Accelerate as its launcher says, and use the CPUs well.
+    """Start Accelerate in the mode that its launcher chose, and tune threads and memory on CPUs.
 
     Args:
         log_with: an experiment tracker.
@@ -235,11 +252,14 @@ def start_accelerator(log_with: str | None = None, folder: Path | None = None) -
     """
     refuse_other_modes()
     # One process may download a data set while the others wait for it.
-    patient = InitProcessGroupKwargs(timeout=timedelta(hours=2))
-    accelerator = Accelerator(log_with=log_with, project_dir=folder, kwargs_handlers=[patient])
+    group_options = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+    accelerator = Accelerator(
+        log_with=log_with, project_dir=folder, kwargs_handlers=[group_options]
+    )
     check_number_of_processes(accelerator)
     if accelerator.device.type == "cpu":
-        tune_cpu()
+        use_all_cores()
+        keep_freed_memory()
     return accelerator
 
 
@@ -251,14 +271,14 @@ def refuse_other_modes() -> None:
     configuration file, as environment variables. Accelerate itself would end in a traceback if,
     say, DeepSpeed is not installed.
     """
-    given = os.environ.get
     found = []
     for mode in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
-        if given(f"ACCELERATE_USE_{mode}", "").lower() == "true":
+        if os.environ.get(f"ACCELERATE_USE_{mode}", "").lower() == "true":
             found.append(mode)
-    if given("ACCELERATE_MIXED_PRECISION", "no") not in ("no", "bf16"):
-        found.append(f"mixed precision {given('ACCELERATE_MIXED_PRECISION')}")
-    if given("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "bf16"):
+        found.append(f"mixed precision {precision}")
+    if os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":
         found.append("gradient accumulation")
     if found:
         fail(
@@ -273,8 +293,10 @@ def check_number_of_processes(accelerator: Accelerator) -> None:
     `accelerate launch --cpu --num_processes 2` silently starts a single process. The variables
     that it sets give it away.
     """
-    several_on_cpu = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ
-    asked_for = int(os.environ.get("WORLD_SIZE", 2 if several_on_cpu else 1))
+    asked_for = int(os.environ.get("WORLD_SIZE", 1))
+    is_on_cpus = os.environ.get("ACCELERATE_USE_CPU") == "True"
+    if is_on_cpus and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        asked_for = 2  # or more
     if asked_for > accelerator.num_processes:
         fail(
             "several processes were asked for, but Accelerate started only one: on CPUs, use "
@@ -287,13 +309,30 @@ def local_processes() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def tune_cpu() -> None:
-    """Use all cores, and keep freed memory for the next step."""
-    # The launchers, which set these variables, give every process a single thread.
-    if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & set(os.environ):
-        torch.set_num_threads(max(1, os.cpu_count() // local_processes()))
-    # By default glibc returns large blocks to the system when they are freed. Asking for them
-    # anew at every step costs a tenth of the time.
+def available_cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def use_all_cores() -> None:
+    """Divide the cores among the processes of a launcher, unless the user has set the threads.
+
+    The launchers set these variables. They give every process a single thread, unless the user asks
+    for another number.
+    """
+    is_launched = bool({"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & set(os.environ))
+    if is_launched and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        torch.set_num_threads(max(1, available_cores() // local_processes()))
+
+
+def keep_freed_memory() -> None:
+    """Keep freed memory for the next step.
+
+    By default glibc returns large blocks to the system when they are freed. Asking for them anew at
+    every step costs a tenth of the time.
+    """
     m_trim_threshold, m_mmap_max = -1, -4
     with suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
@@ -304,8 +343,8 @@ def tune_cpu() -> None:
 def on_main_process(function: Callable[..., Any], *arguments: object) -> Any:
     """Call a function on the main process only, and give its result to all processes.
 
-    On several machines only the main process may see the files of a run. If the function fails
-    there, all processes end.
+    On several machines, perhaps only the main process can see the files of a run. If the function
+    fails there, all processes end.
     """
     result, code = None, None
     if PartialState().is_main_process:
@@ -324,6 +363,7 @@ def check_agreement(settings: dict) -> None:
     differing = set()
     for others in gather_object([settings]):
         differing |= {name for name in settings if others[name] != settings[name]}
+    differing -= set(MAY_DIFFER)
     if differing:
         fail(
             f"the machines do not agree on {', '.join(sorted(differing))}: start the same command "
@@ -356,7 +396,7 @@ def number(kind: type, low: float, high: float, meaning: str) -> Callable[[str],
         try:
             value = kind(text)
         except ValueError:
-            value = math.nan
+            value = math.nan  # which is not in the range
         if value > high:
             raise argparse.ArgumentTypeError(f"{text} is too large: it can be at most {high}")
         if not value >= low:  # nor is NaN
@@ -372,8 +412,8 @@ nonnegative_int = number(int, 0, 2**63 - 1, "a whole number of at least 0")
 int_above_1 = number(int, 2, HUGE, "a whole number of at least 2")
 positive_float = number(float, TINY, 1e30, "a number above 0")
 nonnegative_float = number(float, 0, HUGE, "a number of at least 0")
-positive_fraction = number(float, TINY, 1, "a number above 0")
-fraction = number(float, 0, 1, "a number of at least 0")
+positive_fraction = number(float, TINY, 1, "a number above 0 and at most 1")
+fraction = number(float, 0, 1, "a number from 0 to 1")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, data: str | None = "fashion-mini") -> None:
@@ -385,7 +425,11 @@ def add_data_arguments(parser: argparse.ArgumentParser, data: str | None = "fash
         help=f"{', '.join(SETS)}, a folder of images, or an .npz file of arrays"
         + ("" if data else " (default: what the encoder was trained on; fashion-mini for random)"),
     )
-    add("--root", default="data", help="folder where data sets are looked for and downloaded to")
+    add(
+        "--root",
+        default="data",
+        help="folder of torchvision's data sets, which are downloaded to it if they are missing",
+    )
     add(
         "--limit",
         type=positive_int,
@@ -399,7 +443,8 @@ def add_data_arguments(parser: argparse.ArgumentParser, data: str | None = "fash
     add(
         "--workers",
         type=positive_int,
-        help="processes that read image files (default: one per core, at most 16)",
+        help="processes that read image files, for each process that trains (default: its share of "
+        "the cores, at most 16)",
     )
 
 
@@ -408,7 +453,8 @@ def add_preset_argument(parser: argparse.ArgumentParser, presets: dict[str, dict
     parser.add_argument(
         "--preset",
         choices=presets,
-        help="defaults of the other flags (default: by the size and number of images; see below)",
+        help="set of defaults for the other flags, see below (default: chosen by the size and the "
+        "number of images)",
     )
     parser.epilog = "\n".join(describe_preset(name, presets[name]) for name in presets)
 
@@ -418,7 +464,7 @@ def choose_preset(data: str, side: int, images: int) -> str:
 
     Args:
         data: the value of --data.
-        side: of the images or, if the user wants others, of the views, in pixels.
+        side: of the views, in pixels.
         images: how many there are to train on.
     """
     if data == "fashion-mini":
@@ -429,10 +475,10 @@ def choose_preset(data: str, side: int, images: int) -> str:
 
 
 def default_batch_size(images: int) -> int:
-    """The power of two, from 32 to 256, that leaves about 64 to 128 steps in an epoch.
+    """A power of two that leaves 64 to 127 steps in an epoch, but from 32 to 256.
 
-    In a small set, larger batches would leave too few steps to learn from. Sets below 32 images
-    have the largest power of two that they can fill.
+    In a small set, larger batches would leave too few steps to learn from. Sets of fewer than 32
+    images get the largest power of two that they can fill.
     """
     largest = 2 ** (images.bit_length() - 1)  # the largest power of two up to the number of images
     return min(largest, max(32, min(256, largest // 64)))
@@ -458,7 +504,10 @@ def check_batch_size(batch_size: int, available: int, processes: int, what: str 
     if available < 2:
         fail(f"there are too few {what} ({available}): use at least two")
     if batch_size > available:
-        fail(f"--batch-size {batch_size} is too large: there are only {available} {what}")
+        fail(
+            f"--batch-size {batch_size} is more than the {available} {what} there are: use at most "
+            f"{available}"
+        )
     if batch_size % processes:
         fail(
             f"--batch-size {batch_size} must be a multiple of {processes}, the number of processes"
@@ -477,10 +526,10 @@ def check_chunk_size(chunk_size: int | None, own_images: int) -> None:
 # --------------------------------------------------------------------------------------
 # Image operations
 #
-# They work on batches x [B, C, H, W] of float32 in 0..1 with C = 1 or 3. draw(n, rng) gives the
-# parameters of n images as CPU tensors with n rows, distributed as in torchvision's transform of
-# the same name; called with them, an operation gives what torchvision gives for each image. All
-# operations but the crops may overwrite x.
+# They work on batches x [B, C, H, W] with C = 1 or 3. Crops take uint8 or float32; the other
+# operations take float32 in 0..1, and may overwrite it. draw(n, rng) gives the parameters of n
+# images as CPU tensors with n rows, distributed as in torchvision's transform of the same name.
+# Called with them, an operation gives what torchvision gives for each image.
 # --------------------------------------------------------------------------------------
 
 
@@ -600,7 +649,7 @@ class RandomResizedCrop(NamedTuple):
         inside = (pixel >= start) & (pixel < start + length)
         radius = (length / self.size).clamp(min=1)[..., None]
         weight = (pixel + 0.5 - at[..., None]).div_(radius).abs_()
-        # max(0, 1 - distance), but negative. So is the sum, and the quotient is positive.
+        # In place, -max(0, 1 - distance). The sign cancels when a row is divided by its sum.
         weight = weight.sub_(1).clamp_(max=0).mul_(inside[:, None])
         return weight.div_(weight.sum(2, keepdim=True))
 
@@ -676,9 +725,10 @@ class ColorJitter(NamedTuple):
         least, value = x.amin(1), x.amax(1)
         chroma = value - least
 
-        # The hue in sixths of the circle: red is 0, green 2, blue 4. Where red is the largest, away
-        # is 0 and the hue is side. Where it is not, the same formula gives 2 + (b - r) / chroma or
-        # 4 + (r - g) / chroma, up to a whole turn.
+        # The hue in sixths of the circle: red is 0, green 2, blue 4. Since one channel is the
+        # smallest, |side| or away is 1. With that, the formula below gives side if red is the
+        # largest channel, 2 + (b - r) / chroma if green is, and 4 + (r - g) / chroma - 6 if blue
+        # is.
         away, side = torch.stack([value - r, g - b]) / chroma.clamp(min=1e-12)
         hue = torch.addcmul(side.abs(), away, 3 - 2 * side.abs()).copysign_(side)
         hue.add_(6 * shift)
@@ -764,7 +814,7 @@ class ImageSet(ABC):
         labels: [N] classes, -1 where there is none.
         classes: the names of the classes.
         fingerprint: text that changes when the list of images changes.
-        waited: seconds so far in which the next step's files were not ready.
+        waited: seconds spent waiting for files since it was last set to 0.
     """
 
     labels: Tensor
@@ -868,25 +918,18 @@ class ImageFiles(ImageSet):
             CropReader(self.paths, plan_of),
             batch_size=None,
             sampler=steps,
+            # A single step is read here, since starting a process would take longer.
             num_workers=max(0, min(self.workers, len(steps) - 1)),
             pin_memory=on_gpu,
         )
         reader = iter(loader)
         for step in steps:
             began = time.monotonic()
-            try:
-                crops, error = next(reader)
-            except RuntimeError as torch_error:
-                if "DataLoader worker (pid" not in str(torch_error):
-                    raise
-                crops = []
-                error = (
-                    "a data-loading process was killed, probably out of memory: use fewer --workers"
-                )
+            crops, error = next(reader)
             self.waited += time.monotonic() - began
             stop_on_any(error, self.device)
             crops = [crop.to(self.device, non_blocking=on_gpu) for crop in crops]
-            # To draw the plan again is cheaper than to send it from the other process.
+            # Drawing the plan again is cheaper than sending it from the other process.
             yield plan_of(step), [crop.float().div_(255) for crop in crops]
 
 
@@ -919,12 +962,13 @@ class CropReader(Dataset):
 def stop_on_any(error: str, device: torch.device) -> None:
     """Fail if `error` is not empty, here or, on CPUs, on any process.
 
-    On CPUs all processes stop together. On GPUs, to ask the others would be to wait for the
-    device at every step; there one process fails, and the launcher ends the others.
+    On CPUs all processes stop together. On GPUs, asking the others would mean waiting for the
+    device at every step. There one process fails, and the launcher ends the others.
     """
     on_gpu = device.type == "cuda"
     if PartialState().num_processes > 1 and not on_gpu:
-        error = max(gather_object([error]))
+        errors = [text for text in gather_object([error]) if text]
+        error = errors[0] if errors else ""
     if error:
         fail(error, every_process=on_gpu)
 
@@ -940,11 +984,14 @@ def read_image(path: str) -> Tensor:
     """
     try:
         with Image.open(str(path)) as image:
-            if image.mode[0] in "IF":  # whole numbers or floats, which convert() would cut off
+            if image.mode[0] in "IF":  # whole numbers or floats, which convert() would clip to 255
                 raise ValueError("it has more than 8 bits per channel")
             pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except MemoryError:
+        raise
     except Exception as error:  # A damaged file can raise almost any exception.
-        raise OSError(f"{path} cannot be read ({error}): repair or delete it") from None
+        reason = str(error) or type(error).__name__
+        raise OSError(f"{path} cannot be read ({reason}): repair, convert or remove it") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -964,23 +1011,24 @@ def load_splits(
             both), which hold one folder per class; or with images anywhere in it, which then have
             no classes; or an .npz file, see `_read_arrays`.
         root: where torchvision's data sets are, or are downloaded to.
-        limit: keep the first so many training images of a fixed shuffle.
+        limit: keep the first `limit` training images of a fixed shuffle.
         device: where the images are kept.
         workers: processes (or threads) that read files; by default one per core, at most 16.
-        stream: read files whenever they are needed. Otherwise files of one size that fit into
-            `memory_limit` are read at once, by every process.
-        holdout: keep the last so many labeled training images of the fixed shuffle apart.
+        stream: read files whenever they are needed. Otherwise files of one size are read at once,
+            by every process, if those of a split fit into `memory_limit`. Named sets and .npz files
+            are always kept in memory.
+        holdout: set the last `holdout` labeled training images of the fixed shuffle aside.
 
     Returns:
         The images to pretrain on; the labeled training images, which are the same except for stl10;
         the test images; and the images to watch during a run: those held out or, by default, the
-        test images. The latter three are None where there are no classes.
+        test images. The last three are None where there are no classes.
 
     Raises:
         SystemExit: with one line, if there is no such data or a file cannot be read.
     """
     if workers is None:
-        workers = min(16, math.ceil(os.cpu_count() / local_processes()))
+        workers = min(16, math.ceil(available_cores() / local_processes()))
     load = partial(_load_split, data, root, limit, holdout, device, workers, stream)
     if not _has_splits(data):
         if holdout:
@@ -1012,10 +1060,11 @@ def _load_split(
     split: str,
 ) -> ImageSet:
     """One split of load_splits: "train", "held-out", "unlabeled", "test" or "all"."""
-    # The images as an array [N, C, H, W] or as an array of paths [N].
+    # The source is an array of pixels [N, C, H, W] or an array of paths [N].
     part = "train" if split == "held-out" else split
     if data in SETS:
-        with PartialState().local_main_process_first():  # so that only one process downloads
+        # One process per machine downloads, since machines need not share --root.
+        with PartialState().local_main_process_first():
             source, labels, classes = _read_named_set(data, part, root)
     elif data.endswith(".npz"):
         source, labels, classes = _read_arrays(data, part)
@@ -1075,16 +1124,19 @@ def _read_named_set(
 ) -> tuple[np.ndarray, Sequence[int], Sequence[str]]:
     """The pixels [N, C, H, W], labels and class names of a data set of torchvision."""
     kind = getattr(torchvision.datasets, SETS[name])
-    try:
-        if name == "fashion-mini":
-            bundled = Path(__file__).resolve().parent / "data" / "fashion-mini.npz"
+    if name == "fashion-mini":
+        bundled = Path(__file__).resolve().parent / "data" / "fashion-mini.npz"
+        try:
             with np.load(bundled) as file:
                 return file[f"{split}_images"][:, None], file[f"{split}_labels"], kind.classes
+        except Exception as error:  # A damaged file can raise almost any exception.
+            fail(f"the bundled {bundled} cannot be read ({error}): restore it from the repository")
+
+    try:
         images = kind(root, split if name == "stl10" else split == "train", download=True)
     except Exception as error:  # The network or a damaged file can raise almost any exception.
-        place = f"{Path(__file__).parent}/data" if name == "fashion-mini" else f"--root {root}"
         fail(
-            f"{name} was not found in {place} and could not be downloaded "
+            f"{name} was not found in --root {root} and could not be downloaded "
             f"({str(error) or repr(error):.300}): put its files there, or use another --data: "
             f"{', '.join(SETS)} or a folder of images"
         )
@@ -1135,7 +1187,7 @@ def _read_arrays(path: str, split: str) -> tuple[np.ndarray, np.ndarray, Sequenc
 
     if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
         fail(f"--data {path}: {part}_labels must be a whole number for each image: convert it")
-    if classes and not 0 <= labels.min() <= labels.max() < classes:
+    if split != "all" and not 0 <= labels.min() <= labels.max() < classes <= HUGE:
         fail(f"--data {path}: labels must be from 0 to the highest of train_labels: convert them")
     return images, labels, [str(number) for number in range(classes)]
 
@@ -1175,24 +1227,28 @@ def _list_folder(data: str, split: str) -> tuple[np.ndarray, Sequence[int], Sequ
 
 def _find_images(folder: str) -> list[str]:
     """All images below a folder, in order, except the pictures of runs."""
-    suffixes = torchvision.datasets.folder.IMG_EXTENSIONS
     files, visited = [], set()
     for path, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()  # The order of the file system may differ between machines.
         # A link to a folder above itself would be followed forever.
         place = Path(path).resolve()
         if place in visited:
             folders.clear()
-        elif "config.json" not in names:
-            files += [str(Path(path, name)) for name in names if name.lower().endswith(suffixes)]
+            continue
         visited.add(place)
+        if {"config.json", "eval.json"} & set(names):  # the folder of a run
+            names = [name for name in names if name not in PICTURES]
+        for name in names:
+            if torchvision.datasets.folder.is_image_file(name):
+                files.append(str(Path(path, name)))
     return sorted(files)
 
 
 def memory_limit() -> int:
-    """How many bytes of pixels each process may keep on its device.
+    """How many bytes the image files of one split may take on the device of each process.
 
     It depends on what the machines have, not on what is free, so that a resumed run decides as it
-    did before; and it is the same on all processes.
+    did before. It is the same on all processes. The memory limits of containers are not seen.
     """
     limit = min(MEMORY_LIMIT, psutil.virtual_memory().total // (4 * local_processes()))
     device = PartialState().device
@@ -1209,7 +1265,9 @@ def _decode(paths: np.ndarray, workers: int, limit: int) -> Tensor | None:
         if len(paths) * first.numel() > limit:
             return None
         pixels = torch.empty(len(paths), *first.shape, dtype=torch.uint8)
-        images = pool.map(read_image, paths)
+        # Read in parts, because every image that waits to be stored takes memory.
+        parts = np.array_split(paths, math.ceil(len(paths) / 10_000))
+        images = (image for part in parts for image in pool.map(read_image, part))
         for i, image in enumerate(progress(images, "reading images", len(paths))):
             if image.shape != first.shape:
                 return None
@@ -1221,7 +1279,7 @@ def _decode(paths: np.ndarray, workers: int, limit: int) -> Tensor | None:
         pool.shutdown(cancel_futures=True)
 
 
-@lru_cache(maxsize=2)  # this epoch's, and the next one's, from which readers are ahead of use
+@lru_cache(maxsize=2)  # this epoch's and the next one's, in which readers may already be
 def epoch_order(images: int, seed: int, epoch: int) -> Tensor:
     """The order [images] in which an epoch goes through the images."""
     return torch.randperm(images, generator=generator(seed, epoch))
@@ -1332,8 +1390,8 @@ def build_encoder(
 class Normalize(nn.Module):
     """Subtracts the mean of each channel, and divides by its standard deviation.
 
-    As torchvision's, but for the statistics, which move to the device together with the network.
-    torchvision's would copy them, and wait, for each batch.
+    Like torchvision's Normalize, but its statistics are buffers, which move to the device together
+    with the network. torchvision's would copy them, and wait, for each batch.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -1369,7 +1427,8 @@ def load_encoder(
         SystemExit: with one line, if it is no such file, or its metadata are not as expected.
     """
     try:
-        metadata = safetensors.safe_open(path, "pt").metadata() or {}
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
         encoder = build_encoder(metadata["architecture"], metadata["stem"], norm_layer)
         encoder.load_state_dict(safetensors.torch.load_file(path))
     except Exception as error:  # A foreign file can raise almost any exception.
@@ -1389,7 +1448,8 @@ def load_encoder(
 def extract_features(encoder: nn.Module, images: ImageSet, size: int, batch: int = 256) -> Tensor:
     """The features of the images' middle squares, by the encoder in eval mode.
 
-    The work is shared by all processes, which all get the result.
+    The work is shared by all processes, which all get the result. The encoder's running averages
+    are first set to those of the first process. On CPUs they differ since its last step.
 
     Args:
         encoder: x [B, 3, size, size] -> h [B, D].
@@ -1405,7 +1465,6 @@ def extract_features(encoder: nn.Module, images: ImageSet, size: int, batch: int
     index = state.process_index * share + torch.arange(share)
     parts = index.clamp(max=len(images) - 1).split(batch)
 
-    # On CPUs every process has running averages of its own. Those of the first one count.
     encoder.eval()
     broadcast(list(encoder.buffers()))
     loaded = images.load(partial(center_plan, parts, size), range(len(parts)))
@@ -1414,7 +1473,7 @@ def extract_features(encoder: nn.Module, images: ImageSet, size: int, batch: int
         x = x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
         h.append(encoder(x).float())
     encoder.train(training)
-    return gather(torch.cat(h))[: len(images)]  # without what the last process repeated
+    return gather(torch.cat(h))[: len(images)]  # without the last image's repetitions
 
 
 # --------------------------------------------------------------------------------------
@@ -1444,7 +1503,7 @@ def knn_predict(
         [Q, num_classes]: the votes for each class, as shares of all votes.
 
     Raises:
-        ValueError: if there are no k rows in the bank.
+        ValueError: if the bank has fewer than k rows.
     """
     if not 1 <= k <= len(bank):
         raise ValueError(f"k = {k} does not fit a bank of {len(bank)}")
@@ -1465,7 +1524,7 @@ def principal_coordinates(x: Tensor, x_test: Tensor) -> tuple[Tensor, Tensor]:
     """Standardized features in the coordinates of their principal axes.
 
     Args:
-        x, x_test: training features [N, D], which tell means, deviations and axes, and test
+        x, x_test: training features [N, D], which set means, deviations and axes, and test
             features [M, D].
 
     Returns:
@@ -1587,7 +1646,7 @@ def linear_probe(
 
 
 def accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
-    """Percent of the rows of scores [N, C] whose k largest entries hold the label."""
+    """Percent of the rows of scores [N, C] whose k largest entries contain the label."""
     top = scores.topk(min(k, scores.shape[1]), dim=1).indices
     return 100 * (top == labels.to(top.device)[:, None]).any(1).float().mean().item()
 
@@ -1598,11 +1657,11 @@ def wilson_interval(percent: float, n: int) -> tuple[float, float]:
     It shows the uncertainty that the limited number of test images leaves (Wilson 1927). It does
     not include what another training run or another draw of labels would change.
     """
-    z = 1.96  # The middle 95 % of a normal distribution lie within so many standard deviations.
+    z = 1.96  # 95 % of a normal distribution lies within this many standard deviations.
     share = percent / 100
     center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return 100 * (center - half), 100 * (center + half)
+    return 100 * max(0.0, center - half), 100 * min(1.0, center + half)
 
 
 def summarize(accuracies: Sequence[float], n: int) -> dict:
@@ -1619,7 +1678,7 @@ def summarize(accuracies: Sequence[float], n: int) -> dict:
     mean = sum(accuracies) / len(accuracies)
     summary = {"mean": mean}
     if len(accuracies) > 1:
-        summary["std"] = torch.tensor(accuracies).std().item()
+        summary["std"] = statistics.stdev(accuracies)
     return summary | {"interval": wilson_interval(mean, n)}
 
 
@@ -1726,33 +1785,34 @@ def finish(
         about: the metadata of the file: method, architecture, stem, image_size, data, and the mean
             and std with which the encoder's inputs are normalized.
         bank, test: labeled images, or None. Views above 64 pixels are evaluated by kNN alone, since
-            the rest would take longer than many a run; linear_eval.py does it.
+            the rest would take longer than many runs; linear_eval.py does it.
         watched: the images of the evaluation during the run.
         seed: of the evaluation.
         last: the last row of the metrics.
         own: accuracies of the method's own, for the method's row of the table.
     """
     if bank and about["image_size"] <= 64:
-        PartialState().print(
-            "evaluating features by kNN and linear probes, with all and few labels"
-        )
+        PartialState().print("evaluating features by kNN and linear probes")
         rows = compare_features(encoder, about, bank, test, seed)
     else:
-        knn = "-"
+        rows = [{"features": about["method"], "loss": last["loss"], "kNN": "-"}]
         if bank and watched is test:
-            knn = summarize([last["knn"]], len(test))
+            rows[0]["kNN"] = summarize([last["knn"]], len(test))
         elif bank:
             normalize = Normalize(about["mean"], about["std"]).to(PartialState().device)
-            features = nn.Sequential(normalize, encoder)
-            percent = knn_accuracy(features, bank, test, about["image_size"])
-            knn = summarize([percent], len(test))
-        rows = [{"features": about["method"], "loss": last["loss"], "kNN": knn}]
+            network = nn.Sequential(normalize, encoder)
+            percent = knn_accuracy(network, bank, test, about["image_size"])
+            rows[0]["kNN"] = summarize([percent], len(test))
     for name, value in (own or {}).items():
-        for row in rows:
-            row[name] = value if row is rows[0] else "-"
+        rows[0][name] = value
+        for row in rows[1:]:
+            row[name] = "-"
     if PartialState().is_main_process:
         save_encoder(out / "encoder.safetensors", encoder, **about)
-    write_results(out, rows, "test accuracy in percent [95 % interval]")
+    title = "test accuracy in percent [95 % interval]"
+    if not bank:
+        title = "the images have no labels, so there is no accuracy"
+    write_results(out, rows, title)
     PartialState().print(f"for more: python linear_eval.py {out}/encoder.safetensors")
 
 
@@ -1784,12 +1844,12 @@ def principal_axes(x: Tensor, count: int, seed: int) -> Tensor:
 # Console and pictures
 # --------------------------------------------------------------------------------------
 
-# The columns that a run prints: the keys of its metrics, and their names.
+# The names of columns that differ from the keys of their metrics.
 COLUMN_NAMES = {"knn": "kNN", "images_per_s": "images/s", "minutes_left": "time left"}
 
 
 def progress(steps: Iterable, description: str, total: int | None = None) -> Iterable:
-    """`steps` with a progress bar, on the terminal of the main process."""
+    """`steps` with a progress bar, on the terminal of each machine's first process."""
     return tqdm(steps, desc=description, total=total, leave=False, disable=not sys.stderr.isatty())
 
 
@@ -1812,7 +1872,7 @@ def format_duration(minutes: float) -> str:
 
 
 def _columns(measures: Sequence[str]) -> dict[str, str]:
-    """The columns of the table: names, as wide as they are, by the keys of the metrics."""
+    """The columns of the table: by the key of the metric its name, padded to the column's width."""
     keys = ["epoch", "loss", "chance", "spread", *measures, "images_per_s", "minutes_left"]
     names = {key: COLUMN_NAMES.get(key, key) for key in keys}
     return {key: name.rjust(max(9, len(name) + 2)) for key, name in names.items()}
@@ -1869,7 +1929,7 @@ def save_pictures(path: Path, images: Tensor, columns: int) -> None:
     """Save a grid of images [N, 3, S, S] in 0..1, small ones enlarged; by the main process."""
     if not PartialState().is_main_process:
         return
-    enlarged = max(1, 84 // images.shape[3])  # 84 is a multiple of 28
+    enlarged = max(1, 84 // images.shape[3])  # 84 is three times the bundled images' 28
     images = F.interpolate(images.cpu(), scale_factor=enlarged)
     try:
         with atomic_write(path) as file:
@@ -1884,7 +1944,7 @@ def save_views(path: Path, images: ImageSet, index: Tensor, views: list[Tensor])
     Args:
         path: the picture.
         images, index: the set, and the batch's images in it, [B].
-        views: for each resolution [count, B, 3, S, S].
+        views: one tensor [count, B, 3, S, S] per resolution.
     """
     size = views[0].shape[-1]
     shown = [images.centers(index[:8], size)]

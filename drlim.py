@@ -26,13 +26,16 @@ Where to find the parts of the paper:
 
 Differences from the paper:
 - Dissimilar pairs are drawn among the images of a step, --ratio pairs for each similar pair. The
-  paper uses all pairs. Of similar images with copies, each step shows one random pair of copies.
+  paper uses all pairs. Where images have shifted copies, a step shows each similar pair as one
+  random pair of their copies.
 - The loss is a mean over pairs; Eq. 2 is a sum.
 - The optimizer is Adam (in the paper, stochastic gradient descent). The learning rate and its
   schedule, the margin, ReLU and the number of epochs are choices of this code: the paper does not
   give them.
 - Inputs are in 0..1; the paper does not say how it scales them.
 - --graph labels, where images of one class are similar, is not the paper's; it is for comparison.
+- On CPUs each process has its own batch norm statistics (--arch small and the ResNets), because
+  PyTorch synchronizes them only on GPUs.
 
 What other implementations get wrong, and the tests exclude: the meaning of Y; a bare square root,
 whose gradient at distance 0 is not a number; a hinge that is not squared; an elementwise root in
@@ -122,14 +125,16 @@ def find_classes(wanted: list[str] | None, names: list[str]) -> list[int]:
         elif name.isdecimal() and int(name) < len(names):
             found.add(int(name))
         else:
-            common.fail(f"--classes {name} is not one of {', '.join(names)}, nor their numbers")
+            common.fail(
+                f"--classes {name} is neither one of {', '.join(names)} nor the number of one"
+            )
     return sorted(found)
 
 
 def load_samples(
     images: common.ImageSet,
     classes: list[int],
-    most: int,
+    most: int | None,
     size: int,
     shifts: list[int],
     is_paper: bool,
@@ -139,15 +144,25 @@ def load_samples(
     Args:
         images: the data set.
         classes: the numbers of the classes.
-        most: images of each class, at most; the same ones whatever the seed.
+        most: images of each class, at most; the same ones whatever the seed. None takes all.
         size: side of the images in pixels.
         shifts: how far each copy is shifted, in pixels.
         is_paper: make the images gray, in the middle of 32 x 32 pixels, for the paper's network.
+
+    Raises:
+        SystemExit: if there are fewer than two images of these classes, or too many for the memory.
     """
     labels = images.labels.clamp(min=0)  # Images without classes are all of one.
     index = torch.isin(labels, torch.tensor(classes)).nonzero()[:, 0]
-    drawn = common.draw_per_class(labels[index], most, common.generator(0))
-    index = index[drawn].sort().values
+    if len(index) < 2:
+        common.fail(
+            f"there are only {len(index)} images of these classes in one part of the data (for "
+            "training, to hold out or for testing): use other --classes, or a higher --limit or "
+            "--holdout"
+        )
+    if most is not None:
+        drawn = common.draw_per_class(labels[index], most, common.generator(0))
+        index = index[drawn].sort().values
     copies = 1 + len(shifts)
     if len(index) * copies * 3 * 4 * size**2 > common.memory_limit():  # of three float32 channels
         common.fail(
@@ -167,16 +182,16 @@ def load_samples(
     return Samples(x.flatten(0, 1), labels[index].to(x.device), index)
 
 
-def find_nearest(queries: Tensor, bank: Tensor, k: int, is_bank: bool = False) -> Tensor:
+def find_nearest(queries: Tensor, bank: Tensor, k: int, exclude_self: bool = False) -> Tensor:
     """The k rows of bank [M, D] that are nearest to each of queries [Q, D], as indices [Q, k].
 
-    If the queries are the bank (`is_bank`), no row is its own neighbor.
+    If the queries are the bank, `exclude_self` keeps rows from being their own neighbors.
     """
-    at_once = max(1, 2**26 // len(bank))  # 256 MiB of distances
+    at_once = max(1, 2**26 // len(bank))  # at most 512 MiB of distances
     nearest = []
     for start in range(0, len(queries), at_once):
         distance = torch.cdist(queries[start : start + at_once], bank)
-        if is_bank:
+        if exclude_self:  # Row i of this part is row start + i of the bank.
             distance[:, start:].fill_diagonal_(torch.inf)
         nearest.append(distance.topk(k, largest=False).indices)
     return torch.cat(nearest)
@@ -197,30 +212,38 @@ def build_graph(kind: str, samples: Samples, neighbors: int, copies: int, seed: 
     Raises:
         SystemExit: if no pair would be dissimilar, or there are not as many neighbors.
     """
-    if kind != "shifts":
-        copies = 1
-    N = len(samples.x) // copies
-    labels, available = None, N - 2  # all but the image itself and one that is dissimilar
+    similar_copies = copies if kind == "shifts" else 1
+    N = len(samples.x) // similar_copies
+    labels = None
+    available = N - 2  # all but the image itself and one that is dissimilar
     if kind == "labels":
         labels = samples.labels.cpu()
         sizes = labels.bincount()
-        available = sizes[sizes > 0].min().item() - 1
+        sizes = sizes[sizes > 0]
+        if len(sizes) < 2:
+            common.fail("--graph labels needs images of at least two classes: use more --classes")
+        available = sizes.min().item() - 1
         # The partners are neighbors among random points: the first coordinate keeps the classes
         # apart, and the second is random.
         place = torch.rand(N, generator=common.generator(seed)).double()
         features = torch.stack([2.0 * labels, place], dim=1)
     else:
-        features = samples.x[::copies].flatten(1)
-    if neighbors > available or (kind == "labels" and (sizes > 0).sum() < 2):
+        features = samples.x[::similar_copies].flatten(1)
+    if neighbors > available:
         common.fail(
-            f"--graph {kind} with --neighbours {neighbors} is not possible: there are at most "
-            f"{available} neighbors, or all images are similar; use fewer, or more --classes"
+            f"--neighbours {neighbors} is too many: with these images, at most {max(0, available)} "
+            "are possible; use fewer, or more images"
         )
 
-    partners = find_nearest(features, features, neighbors, is_bank=True).cpu()
-    if copies > 1:  # An image's own copies are similar as well.
+    partners = find_nearest(features, features, neighbors, exclude_self=True).cpu()
+    if similar_copies > 1:  # An image's own copies are similar as well.
         partners = torch.cat([partners, torch.arange(N)[:, None]], dim=1)
-    return Graph(partners, copies, labels)
+    return Graph(partners, similar_copies, labels)
+
+
+def count_dissimilar(similar: int, ratio: float) -> int:
+    """How many dissimilar pairs are drawn for a number of similar pairs."""
+    return max(1, round(ratio * similar))
 
 
 def sample_pairs(
@@ -256,10 +279,10 @@ def sample_pairs(
         similar = graph.labels[n][:, None] == graph.labels[n]
     else:
         similar = (partners[n][:, :, None] == n).any(1) | (n[:, None] == n)
-    dissimilar = (~(similar | similar.T)).triu().nonzero()
-    drawn = torch.randint(max(1, len(dissimilar)), (max(1, round(ratio * B)),), generator=rng)
+    dissimilar = (~(similar | similar.T)).triu().nonzero()  # each pair once
     pairs = torch.arange(2 * B).view(B, 2)
     if len(dissimilar):
+        drawn = torch.randint(len(dissimilar), (count_dissimilar(B, ratio),), generator=rng)
         pairs = torch.cat([pairs, dissimilar[drawn]])
     Y = (torch.arange(len(pairs)) >= B).long()
     return i, pairs, Y
@@ -322,7 +345,7 @@ def contrastive_loss(g1: Tensor, g2: Tensor, dissimilar: Tensor, margin: float) 
 
 def collapsed_loss(batch_size: int, ratio: float, margin: float) -> float:
     """The loss of a map that is a single point: every dissimilar pair costs margin^2 / 2."""
-    dissimilar = max(1, round(ratio * batch_size))
+    dissimilar = count_dissimilar(batch_size, ratio)
     return dissimilar / (batch_size + dissimilar) * margin**2 / 2
 
 
@@ -373,7 +396,7 @@ def map_images(G: nn.Module, x: Tensor) -> Tensor:
 
 
 def copies_rank(g: Tensor, copies: int) -> float:
-    """How near to an image its shifted copies lie.
+    """How near the shifted copies of an image lie to it.
 
     Args:
         g: [N * copies, dim] coordinates; the copies of an image follow it.
@@ -381,7 +404,7 @@ def copies_rank(g: Tensor, copies: int) -> float:
 
     Returns:
         The median rank of the shifted copies among all other points, by their distance from the
-        image. Points that are as near count as nearer.
+        image. Ties count as nearer.
     """
     ranks = []
     for i in torch.arange(0, len(g), copies, device=g.device)[:, None].split(512):
@@ -404,11 +427,11 @@ def measure_map(
         copies: how many samples show each image.
 
     Returns:
-        "flatness", the smallest singular value of the test images' coordinates as a share of the
-        largest (in the plane, 0 means that all lie on a line); "5-NN", the percentage of test
-        images that a vote of the five nearest training images classifies correctly, if there are
-        classes;
-        and "rank", see `copies_rank`, if there are copies.
+        - "flatness", the smallest singular value of the test images' coordinates as a share of the
+          largest; in the plane, 0 means that all lie on a line
+        - "5-NN", if there are classes: the percentage of test images that a vote of the five
+          nearest training images classifies correctly
+        - "rank", if there are copies: see `copies_rank`
     """
     axes = torch.linalg.svdvals(g_test - g_test.mean(0))
     row = {"flatness": (axes[-1] / axes[0].clamp(min=1e-30)).item()}
@@ -451,6 +474,7 @@ def finish_map(
     # The picture: up to 1,000 test images, DrLIM's map on the left and PCA's on the right.
     sample = torch.randperm(len(test.x), generator=common.generator(args.seed))[:1000]
     images = test.x[sample].expand(-1, 3, -1, -1)
+    # Frames are colored by shift if there are shifted copies, and otherwise by class.
     kinds = sample % copies if copies > 1 else test.labels.cpu()[sample]
     drawn = [common.draw_map(places[name][0][sample], images, kinds) for name in ("DrLIM", "PCA")]
     common.save_pictures(args.out / "map.png", torch.stack(drawn), 2)
@@ -558,10 +582,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--arch",
         choices=("paper", *common.ARCHITECTURES),
         default="paper",
-        help="network G, but for its last layer",
+        help="network G without its last, linear layer",
     )
     add("--stem", choices=("3x3", "7x7"), help="first layer (default: 3x3 up to 64 pixels)")
-    add("--init", help="encoder.safetensors whose weights G starts from")
+    add("--init", help="encoder.safetensors to start G from")
     add("--dim", type=common.positive_int, default=2, help="dimensions of the map")
 
     add = parser.add_argument_group("method").add_argument
@@ -576,19 +600,21 @@ def build_parser() -> argparse.ArgumentParser:
         "--graph",
         choices=("neighbours", "shifts", "labels"),
         default="neighbours",
-        help="what is similar: nearest by pixels; these and all shifted copies; or equal labels",
+        help="which images are similar: the nearest by pixels (neighbours), the nearest by pixels "
+        "and all shifted copies (shifts), or those of the same class (labels)",
     )
     add(
         "--neighbours",
         type=common.positive_int,
         default=5,
-        help="similar images of each image",
+        help="number of similar images for each image",
     )
     add(
         "--shifts",
         type=int,
         nargs="+",
-        help="shifted copies of each image, in pixels to the right (--graph shifts: -6 -3 3 6)",
+        help="shifts of the copies of each image, in pixels to the right (default: none; with "
+        "--graph shifts -6 -3 3 6)",
     )
     add(
         "--ratio",
@@ -600,7 +626,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--image-size",
         type=common.int_above_1,
-        help="side of the images in pixels (default: their own, up to 224; the paper's: up to 32)",
+        help="side of the images in pixels (default: that of the images, at most 224, or 32 with "
+        "--arch paper)",
     )
 
     add = parser.add_argument_group("optimization").add_argument
@@ -641,8 +668,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--holdout",
         type=common.positive_int,
-        help="training images of all classes to leave out, on which the map is measured during the "
-        "run, and not on the test images",
+        help="training images of all classes to set aside; during the run, the map is measured on "
+        "them instead of on the test images",
     )
     add("--eval-every", type=common.positive_int, default=5, help="epochs between evaluations")
     add(
@@ -673,14 +700,19 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
 # --------------------------------------------------------------------------------------
 
 
-def choose_image_size(args: argparse.Namespace, side: int) -> None:
-    """Check --image-size and --shifts; by default the size is that of the images, `side`."""
+def choose_image_size(args: argparse.Namespace, side: int) -> int:
+    """The value of --image-size; by default that of the images, `side`."""
     largest = 32 if args.arch == "paper" else 224
-    args.image_size = args.image_size or min(side, largest)
-    if args.image_size > largest:
-        common.fail(f"--image-size {args.image_size} must be at most {largest} for this --arch")
-    if any(abs(shift) >= args.image_size for shift in args.shifts):
-        common.fail(f"--shifts must be smaller than the images of {args.image_size} pixels")
+    size = args.image_size or min(side, largest)
+    if size > largest:
+        common.fail(f"--image-size {size} must be at most {largest} for this --arch")
+    return size
+
+
+def check_shifts(shifts: list[int], size: int) -> None:
+    """Fail if a shift would leave nothing of an image."""
+    if any(abs(shift) >= size for shift in shifts):
+        common.fail(f"--shifts must be smaller than the side of the images, {size} pixels")
 
 
 def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
@@ -688,6 +720,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     args = parse_arguments(argv)
     torch.backends.cudnn.benchmark = True
     accelerator = common.start_accelerator(args.log_with, args.out)
+    common.check_agreement(vars(args))
     device, processes = accelerator.device, accelerator.num_processes
 
     # Data: training images (the bank) and test images; without classes, all images are both. The
@@ -698,29 +731,25 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     args = parse_arguments(argv, PRESETS.get(args.data))  # again, with the defaults for this data
     bank, test_images = bank or images, test_images or images
     watched_images = watched_images or images
-    choose_image_size(args, bank.side)
+    args.image_size = choose_image_size(args, bank.side)
+    check_shifts(args.shifts, args.image_size)
     classes = find_classes(args.classes, list(bank.classes) or ["all"])
     is_paper = args.arch == "paper"
     train = load_samples(bank, classes, args.per_class, args.image_size, args.shifts, is_paper)
-    test = load_samples(test_images, classes, 10**9, args.image_size, args.shifts, is_paper)
+    test = load_samples(test_images, classes, None, args.image_size, args.shifts, is_paper)
     watched = test
     if watched_images is not test_images:
-        if torch.isin(watched_images.labels, torch.tensor(classes)).sum() < 2:
-            common.fail(
-                f"--holdout {args.holdout} holds out fewer than two images of these classes: use a "
-                "higher one"
-            )
         watched = load_samples(
-            watched_images, classes, 10**9, args.image_size, args.shifts, is_paper
+            watched_images, classes, None, args.image_size, args.shifts, is_paper
         )
 
-    # The graph, which a resumed run builds again. Its edges are the pairs of similar images, and an
-    # epoch visits each of them once.
+    # The graph, which a resumed run builds again. Its edges are the pairs of similar images. An
+    # epoch visits each of them at most once: those that do not fill a batch are left out.
     copies = 1 + len(args.shifts)
     graph = build_graph(args.graph, train, args.neighbours, copies, args.seed)
-    edges = graph.partners.numel()
-    common.check_batch_size(args.batch_size, edges, processes, "similar pairs")
-    epoch_steps = edges // args.batch_size
+    num_edges = graph.partners.numel()
+    common.check_batch_size(args.batch_size, num_edges, processes, "similar pairs")
+    epoch_steps = num_edges // args.batch_size
     total_steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
     warmup_steps = min(round(args.warmup_epochs * epoch_steps), total_steps - 1)
     epochs = math.ceil(total_steps / epoch_steps)
@@ -776,7 +805,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     while step < total_steps:
         epoch, first_step, started_at = step // epoch_steps, step, time.monotonic()
         last_step = min((epoch + 1) * epoch_steps, total_steps)
-        order = common.epoch_order(edges, args.seed, epoch).split(args.batch_size)
+        order = common.epoch_order(num_edges, args.seed, epoch).split(args.batch_size)
         epoch_batches = itertools.islice(order, step % epoch_steps, last_step - epoch * epoch_steps)
         bar = common.progress(epoch_batches, f"epoch {epoch + 1}/{epochs}", last_step - step)
         for batch in bar:
@@ -785,7 +814,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
 
             # The pairs depend on the seed, the epoch and the step alone. Each process maps its
             # share of their images, and computes the loss (Eq. 4) of all pairs.
-            rng = common.generator(args.seed, epoch, step - epoch * epoch_steps)
+            rng = common.generator(args.seed, epoch, step % epoch_steps)
             drawn = sample_pairs(graph, batch, args.ratio, rng)
             i, pairs, Y = (common.to_device_of(train.x, v) for v in drawn)
             own_rows = i.chunk(processes)[accelerator.process_index]
@@ -826,8 +855,10 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
 
         # Evaluate, report and save.
         if (epoch + 1) % args.eval_every == 0 or step == total_steps:
-            g, g_watched = map_images(G.eval(), train.x), map_images(G, watched.x)
-            row |= measure_map(g_watched, watched, g, train, len(classes), copies)
+            G.eval()
+            g_train = map_images(G, train.x)
+            g_watched = map_images(G, watched.x)
+            row |= measure_map(g_watched, watched, g_train, train, len(classes), copies)
             G.train()
         rows.append(row)
         accelerator.print(common.format_row(row, CONSOLE_METRICS))

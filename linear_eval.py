@@ -12,30 +12,32 @@ ENCODER is an encoder.safetensors of these scripts, the checkpoint of a ResNet f
 repository, or `random`, an untrained encoder.
 
 The protocols:
-- linear: logistic regression on the features of whole images, which are computed once. The weight
-  decay is chosen on a held-out tenth of the training labels or, with few, by cross-validation. The
-  probe is then trained on all labels, and is tested once.
+- linear: logistic regression on the features of the images' middle squares, which are computed
+  once. The weight decay is chosen on a held-out tenth of the training labels or, with few, by
+  cross-validation. The probe is then trained on all labels, and is tested once.
 - knn: weighted k nearest neighbors (Wu et al. 2018, section 3.4).
 - linear-augmented: a linear layer on random crops and flips, with the --recipe of one of the
   methods' authors.
 - finetune: all weights on random crops and flips, as SimCLR's authors did (Appendix B.5), but for
   at least 500 steps.
 
-Except in finetune, the encoder stays in eval mode, and is compared bit by bit with what it was. A
-seed draws the labeled images, the held-out tenth, the batches, the new layer and a random encoder.
-Accuracies are given with the 95 % interval that the number of test images leaves (Wilson) and, over
-several seeds, with their standard deviation.
+Except in finetune, which trains a copy, the encoder runs in eval mode. In the end, it is compared
+bit by bit with what it was. A seed draws the labeled images, the held-out tenth, the batches, the
+new layer and a random encoder. Accuracies come with a 95 % Wilson interval for the number of test
+images and, over several seeds, with their standard deviation.
 
 Differences from the authors' recipes:
 - Learning rates change step by step, not once per epoch.
 - The new layer starts from PyTorch's own initialization.
-- Crops are at least 0.08 of the area.
+- SimCLR's recipe and fine-tuning have batch size 256 by default, with the learning rate for it.
+- Crops have at least 0.08 of the area, in SupCon's recipe too (0.2).
 
 What it leaves in --out, by default the folder of the encoder:
 - eval.json, a list to which each evaluation adds its result
 - neighbours.png (linear and knn): test images (left), and the nearest training images of each, in a
   green frame if the class is the same and a red one if not
-- map.png (linear and knn): test images at the place of their first two principal components
+- map.png (linear and knn): test images, drawn at the first two principal components of their
+  features
 """
 
 import argparse
@@ -63,14 +65,28 @@ import common
 from common import ImageSet, Normalize, RandomResizedCrop
 
 ON_FEATURES = ("linear", "knn")  # the protocols that see each image once
+ON_CROPS = ("linear-augmented", "finetune")  # those that train on random crops
+# Flags that only some protocols use.
+USED_BY = {
+    "knn_k": ("knn",),
+    "knn_temperature": ("knn",),
+    "features": ON_FEATURES,
+    "recipe": ("linear-augmented",),
+    "epochs": ON_CROPS,
+    "lr": ON_CROPS,
+}
 
-# The names in other repositories' checkpoints of second encoders, which their authors do not
-# evaluate.
+# Parts of the names, in other repositories' checkpoints, of a second encoder that their authors do
+# not evaluate.
 SECOND_ENCODERS = ("encoder_k", "momentum", "target", "student")
 
 
 class Recipe(NamedTuple):
-    """SGD with momentum 0.9. The rate falls by a cosine or, at the drops, by a factor."""
+    """SGD with momentum 0.9.
+
+    The learning rate follows a cosine down to 0 or, if there are drops, is multiplied by the factor
+    at each of them.
+    """
 
     lr: float  # at this batch size
     batch_size: int
@@ -138,7 +154,8 @@ def match_resnet(found: dict[str, Tensor], prefix: str, architecture: str, stem:
     weights = {}
     for name, value in found.items():
         if name.startswith(prefix):
-            ours = name.removeprefix(prefix).replace("shortcut.", "downsample.")  # SupContrast's
+            # SupContrast calls it a shortcut.
+            ours = name.removeprefix(prefix).replace("shortcut.", "downsample.")
             weights[ours] = value
     wanted = expected_shapes(architecture, stem)
     wrong = []
@@ -189,8 +206,8 @@ def open_encoder(path: str) -> tuple[nn.Module, dict[str, str], str]:
     """Load an encoder of these scripts, or the ResNet of another repository's checkpoint.
 
     Returns:
-        The encoder; its metadata, if it is one of these scripts'; and otherwise a line on what of
-        the file was used and what was not.
+        The encoder; its metadata, which for another repository's are only architecture and stem;
+        and, for another repository's, a line on what of the file was used and what was not.
 
     Raises:
         SystemExit: if there is no encoder in the file. The message is one line.
@@ -204,13 +221,15 @@ def open_encoder(path: str) -> tuple[nn.Module, dict[str, str], str]:
             "the run writes at its end"
         )
     found = dict(flatten(tree))
+    if not found:
+        common.fail(f"{path} holds no tensors: use another checkpoint")
     match = match_checkpoint(found)
     if match.wrong:
-        names = ", ".join(list(found)[:3]) or "nothing"
+        names = ", ".join(list(found)[:3])
         common.fail(
-            f"{path} holds no ResNet that is known here (it holds {names} and so on): for "
-            f"{match.architecture} with the {match.stem} stem, {len(match.wrong)} tensors are "
-            f"wrong, such as {match.wrong[0]}"
+            f"{path} holds no ResNet that is known here: {match.architecture} with the "
+            f"{match.stem} stem is the nearest, but {len(match.wrong)} of its tensors are missing, "
+            f"too many or of another shape, such as {match.wrong[0]}; the file begins with {names}"
         )
 
     encoder = common.build_encoder(match.architecture, match.stem)
@@ -221,7 +240,8 @@ def open_encoder(path: str) -> tuple[nn.Module, dict[str, str], str]:
     rest += [match.prefix + name.split(".")[0] for name in match.weights if name not in names]
     unused = ", ".join(f"{name} ({count})" for name, count in Counter(rest).items())
     note = f"{match.architecture}, {match.stem} stem, from {match.prefix or 'the top'}"
-    return encoder, {}, f"{note}; not used: {unused or 'nothing'}"
+    about = {"architecture": match.architecture, "stem": match.stem}
+    return encoder, about, f"{note}; not used: {unused or 'nothing'}"
 
 
 def _is_ours(path: str) -> bool:
@@ -254,7 +274,9 @@ def choose_recipe(
     Returns:
         The name of the recipe, and the recipe.
     """
-    candidates = (args.recipe, about.get("method"), "simclr")
+    # The encoders of supcon.py say supcon-out, supcon-in or supcon-ce.
+    method = about.get("method", "").partition("-")[0]
+    candidates = (args.recipe, method, "simclr")
     name = next(candidate for candidate in candidates if candidate in RECIPES)
     recipe = FINETUNE if args.protocol == "finetune" else RECIPES[name]
     batch_size = min(labeled, args.batch_size or recipe.batch_size)
@@ -280,8 +302,9 @@ def train(
 ) -> nn.Module:
     """Train a linear layer on an encoder, and the encoder too unless it is frozen.
 
-    On CPUs, where batch norm cannot be synchronized, every process trains on the whole batch. That
-    is exact, and no faster than one process.
+    Only fine-tuning on several GPUs shares the work. A layer on a frozen encoder is trained by
+    every process alike, on the features of the whole batch. So is any network on CPUs, where batch
+    norm cannot be synchronized: that is exact, and no faster than one process.
 
     Args:
         encoder: normalization of the inputs, then an encoder with an attribute `width`.
@@ -331,7 +354,7 @@ def train(
         with torch.no_grad(), accelerator.autocast():
             x = fixed(x).float()
         y = y.to(device)
-        if not is_shared:  # then every process makes the same step on the whole batch
+        if not is_shared:  # Every process then makes the same step.
             x, y = accelerator.gather((x, y))
         with accelerator.autocast():
             loss = F.cross_entropy(model(x).float(), y)
@@ -378,12 +401,25 @@ def save_map(path: Path, h_test: Tensor, test: ImageSet) -> None:
     common.save_pictures(path, picture[None], 1)
 
 
-def read_record(path: Path) -> list:
-    """The results so far of eval.json. Fails if there is another file, or no place to write it."""
+def prepare_record(path: Path) -> None:
+    """Fail now if the result could not be added to eval.json in the end."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
-            results = json.loads(path.read_text()) if path.exists() else []
+            pass
+    except OSError as error:
+        common.fail(f"{path} cannot be written ({error}): choose another --out")
+    read_record(path)
+
+
+def read_record(path: Path) -> list:
+    """The results so far, from eval.json.
+
+    Raises:
+        SystemExit: if the file is something else. The message is one line.
+    """
+    try:
+        results = json.loads(path.read_text()) if path.exists() else []
     except (OSError, ValueError) as error:
         common.fail(f"{path} cannot be used ({error}): choose another --out")
     if not isinstance(results, list):
@@ -433,8 +469,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--arch",
         choices=common.ARCHITECTURES,
-        default="resnet18",
-        help="architecture of the random encoder",
+        help="architecture of the random encoder (default: resnet18)",
     )
     add(
         "--stem",
@@ -462,51 +497,60 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--seeds",
         type=common.positive_int,
-        help="number of runs, with seeds from 0 on (default: 3, or 1 with training on crops)",
+        help="number of runs, with seeds from 0 on (default: 3, or 1 for linear-augmented and "
+        "finetune)",
     )
-    add("--knn-k", type=common.positive_int, default=20, help="number of neighbors of knn")
+    add("--knn-k", type=common.positive_int, help="number of neighbors of knn (default: 20)")
     add(
         "--knn-temperature",
         type=common.positive_float,
-        default=0.07,
-        help="temperature of the neighbors' votes",
+        help="temperature of the votes of knn (default: 0.07)",
     )
     add(
         "--recipe",
         choices=RECIPES,
-        help="whose linear-augmented recipe to use (default: that of the encoder's method)",
+        help="whose recipe linear-augmented uses (default: that of the encoder's method, or else "
+        "simclr)",
     )
     add(
         "--epochs",
         type=common.positive_int,
-        help="passes over the images in training on crops (default: the recipe's)",
+        help="epochs of linear-augmented and finetune (default: the recipe's)",
     )
     add(
         "--lr",
         type=common.positive_float,
-        help="first learning rate on crops (default: the recipe's, scaled with the batch size)",
+        help="initial learning rate of linear-augmented and finetune (default: the recipe's, "
+        "scaled with the batch size)",
     )
     add(
         "--batch-size",
         type=common.positive_int,
-        help="images per step, over all processes (default: the recipe's)",
+        help="images per step over all processes (default: the recipe's) or, for linear and knn, "
+        "per forward pass (default: 256 per process)",
     )
 
     add = parser.add_argument_group("results").add_argument
     add("--out", type=Path, help="folder of the results (default: that of the encoder)")
-    add("--features", type=Path, help="new .npz file for the features (linear and knn)")
+    add("--features", type=Path, help="new .npz file for the features of linear and knn")
 
     return parser
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the flags."""
+    """Parse the flags, and refuse those that would have no effect."""
     args = build_parser().parse_args(argv)
-    if args.features:
-        if args.protocol not in ON_FEATURES:
-            common.fail("--features is only for --protocol linear and knn: leave it out")
-        if args.features.exists() or not args.features.parent.is_dir():
-            common.fail(f"--features {args.features} must be a new file in an existing folder")
+    for name, protocols in USED_BY.items():
+        if vars(args)[name] is not None and args.protocol not in protocols:
+            flag = name.replace("_", "-")
+            common.fail(f"--{flag} has no effect with --protocol {args.protocol}: leave it out")
+    if args.encoder != "random" and (args.arch or args.stem):
+        common.fail("--arch and --stem are only for random: leave them out, the file tells them")
+    if args.features and (args.features.exists() or not args.features.parent.is_dir()):
+        common.fail(f"--features {args.features} must be a new file in an existing folder")
+    if args.protocol == "knn":
+        args.knn_k = args.knn_k or 20
+        args.knn_temperature = args.knn_temperature or 0.07
     return args
 
 
@@ -552,16 +596,23 @@ def draw_labeled(args: argparse.Namespace, bank: ImageSet, seeds: int) -> list[T
     return draws
 
 
-def describe(args: argparse.Namespace, name: str, recipe: Recipe) -> str:
+def describe(args: argparse.Namespace, recipe_name: str, recipe: Recipe) -> str:
     """The protocol and its settings, in words."""
+    if args.labels is None:
+        labels = "all labels"
+    elif args.labels < 1:
+        labels = f"{100 * args.labels:g} % of the labels"
+    else:
+        labels = f"{args.labels:g} labels per class"
     how = args.protocol
     if args.protocol == "knn":
         how = f"kNN, k = {args.knn_k}, T = {args.knn_temperature}"
     elif args.protocol == "linear-augmented":
-        how += f", {name}"
-    if args.protocol not in ON_FEATURES:
-        how += f", rate {recipe.lr:.4g}, {recipe.epochs} epochs of {recipe.batch_size}"
-    return how + (f", {args.labels:g} labels a class" if args.labels else ", all labels")
+        how = f"{args.protocol}, {recipe_name}"
+    if args.protocol in ON_CROPS:
+        how += f", learning rate {recipe.lr:.4g}, batch size {recipe.batch_size}"
+        how += f", {recipe.epochs} epochs"
+    return f"{how}, {labels}"
 
 
 def check_unchanged(encoder: nn.Module, before: dict[str, Tensor]) -> None:
@@ -595,12 +646,14 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     )
     if not bank:
         common.fail(
-            f"--data {data} has no classes: use a data set, a folder with train and val or test, "
-            "or an .npz file with labels"
+            f"--data {data} has no labels: use a folder with train and val or test, each with one "
+            f"folder per class, an .npz file with labels, or one of {', '.join(common.SETS)}"
         )
     classes = int(bank.labels.max()) + 1
     size = args.image_size or int(about.get("image_size", bank.side))
-    stem = args.stem or ("3x3" if size <= 64 else "7x7")
+    if is_random:
+        stem = args.stem or ("3x3" if size <= 64 else "7x7")
+        about = {"architecture": args.arch or "resnet18", "stem": stem}
     mean, std = input_statistics(args.normalize, about, is_foreign)
     if is_foreign:
         accelerator.print(f"{args.encoder}: {note}")
@@ -613,21 +666,23 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     draws = draw_labeled(args, bank, seeds)
 
     # Protocol.
-    name, recipe = choose_recipe(args, about, len(draws[0]), len(bank))
+    recipe_name, recipe = choose_recipe(args, about, len(draws[0]), len(bank))
     if not on_features and (recipe.batch_size < 2 or recipe.batch_size % processes):
         common.fail(
             f"--batch-size {recipe.batch_size} (at most the number of labeled images) must be at "
             f"least 2 and a multiple of {processes}, the number of processes"
         )
-    images_at_once = max(1, (args.batch_size or 256 * processes) // processes)
-    how = describe(args, name, recipe)
+    images_at_once = 256  # on each process, for features
+    if args.batch_size:
+        images_at_once = max(1, args.batch_size // processes)
+    how = describe(args, recipe_name, recipe)
     if args.out is None and is_random:
-        name = Path(data).absolute().name.removesuffix(".npz")
-        args.out = Path("runs", f"random-{args.arch}-{name}")
+        data_name = Path(data).absolute().name.removesuffix(".npz")
+        args.out = Path("runs", f"random-{about['architecture']}-{data_name}")
     elif args.out is None:
         args.out = Path(args.encoder).parent
     record = args.out / "eval.json"
-    common.on_main_process(read_record, record)  # fails now if the result could not be added
+    common.on_main_process(prepare_record, record)
     accelerator.print(f"evaluating {args.encoder} on {data}: {how}")
 
     runs, hits = [], []
@@ -635,16 +690,17 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         # Each seed draws a new random encoder. Other encoders need their features only once.
         if is_random:
             torch.manual_seed(seed)
-            encoder = common.build_encoder(args.arch, stem)
+            encoder = common.build_encoder(about["architecture"], about["stem"])
         if is_random or seed == 0:
             network = nn.Sequential(Normalize(mean, std), encoder)
             network = network.to(device, memory_format=torch.channels_last)
-            original = {name: v.clone() for name, v in network.state_dict().items()}
+            original = {name: value.clone() for name, value in network.state_dict().items()}
             if on_features:
                 h = common.extract_features(network, bank, size, images_at_once)
                 h_test = common.extract_features(network, test, size, images_at_once)
 
-        y, chosen = bank.labels[labeled], {}
+        y = bank.labels[labeled]
+        chosen = {}  # by the probe
         if on_features:
             x = h[labeled.to(device)]
         if args.protocol == "knn":
@@ -663,7 +719,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             )
         check_unchanged(network, original)
 
-        run = {"seed": seed} | {name: f"{value:g}" for name, value in chosen.items()}
+        run = {"seed": seed} | chosen
         run["top-1"] = common.accuracy(scores, test.labels, 1)
         run["top-5"] = common.accuracy(scores, test.labels, 5)
         runs.append(run)
@@ -671,10 +727,11 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
 
     # Results: printed, drawn, and added to eval.json.
     summary = {}
-    for name in ("top-1", "top-5"):
-        summary[name] = common.summarize([run[name] for run in runs], len(test))
+    for metric in ("top-1", "top-5"):
+        summary[metric] = common.summarize([run[metric] for run in runs], len(test))
+    printed = [run | {name: f"{run[name]:g}" for name in chosen} for run in runs]
     accelerator.print(
-        f"{common.format_table(runs)}\n{data}, {how}, seeds: {len(runs)}\n"
+        f"{common.format_table(printed)}\n{data}, {how}, seeds: {len(runs)}\n"
         f"in percent, with the 95 % interval for {len(test)} images:\n"
         f"{common.format_table([summary])}"
     )
@@ -687,18 +744,21 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     if not accelerator.is_main_process:
         return
 
-    settings = {
-        name: value if isinstance(value, int | float) else str(value)
-        for name, value in vars(args).items()
-        if value and name != "normalize"
-    }
+    settings = {}
+    for name, value in vars(args).items():
+        if value and name not in ("arch", "stem", "normalize"):  # See below for what they led to.
+            settings[name] = value if isinstance(value, int | float) else str(value)
+    settings |= {"architecture": about["architecture"], "stem": about["stem"], "seeds": len(runs)}
+    settings |= {"data": data, "image_size": size, "mean": mean, "std": std}
     correct = 100 * torch.stack(hits).float().mean(0)
-    per_class = {
-        name: correct[test.labels == i].mean().item() for i, name in enumerate(bank.classes)
-    }
+    per_class = {}
+    for i, name in enumerate(bank.classes):
+        of_class = test.labels == i
+        if of_class.any():
+            per_class[name] = correct[of_class].mean().item()
     result = {
         "how": how,
-        "settings": settings | {"data": data, "image_size": size, "mean": mean, "std": std},
+        "settings": settings,
         "torch": version("torch"),
         **summary,
         "per-class": per_class,

@@ -21,19 +21,20 @@ Where to find the parts of the papers:
 - Algorithm 1: the inner loop of `main`; the queue: `new_queue` and `enqueue`
 - section 3.3, the augmentation and shuffled batch norm: `augmentation`, `encode_keys` and
   `SplitBatchNorm`
-- section 4, the training: `PEAK_LR`, `learning_rate`, --weight-decay (of all parameters)
-- v2 (head, blur, cosine schedule, temperature): `VERSIONS` and `OPERATIONS`
+- section 4, the training: `PEAK_LR`, `learning_rate`, and --weight-decay, which applies to
+  all parameters
+- v2 (head, blur, color jitter, cosine schedule, temperature): `VERSIONS` and `OPERATIONS`
 
 Differences from the papers and the authors' code:
 - The learning rate follows its schedule step by step; the authors' code changes it once per epoch.
 - Batch norm works in groups on one device as well (--bn-splits), as in the authors' CIFAR demo.
-  It is never synchronized.
+  It is never synchronized. Small batches form a single group by default.
 - --symmetric makes each view a query once and a key once, in one pass. The loss is the mean of
   both directions; the demo takes their sum.
 - The defaults depend on the images (`PRESETS`). Those of --preset paper are the papers', but with a
-  queue of at most an eighth of the images, and without blur up to 64 pixels.
-- Inputs of all data are normalized with ImageNet's mean and standard deviation (--normalize). The
-  authors' CIFAR demo uses CIFAR's.
+  queue of at most an eighth of the images, batch norm in groups, and without blur up to 64 pixels.
+- By default, all inputs are normalized with ImageNet's mean and standard deviation (--normalize).
+  The authors' CIFAR demo uses CIFAR's.
 - The running averages of batch norm, which only the evaluation uses, are those of the first
   process.
 
@@ -102,7 +103,8 @@ PRESETS = {
         "warmup_epochs": 0.0,
     },
 }
-# Defaults of the two papers. A preset replaces those of v2, but not those of a --version given.
+# Defaults of the two papers. A preset replaces those of v2, but not those of a --version that the
+# user gives.
 VERSIONS = {
     "v1": {
         "head_layers": 1,
@@ -171,19 +173,21 @@ class SplitBatchNorm(nn.BatchNorm2d):
         """x [splits * n, C, H, W] to the same shape. In eval mode it is plain batch norm."""
         if not self.training:
             return super().forward(x)
-        # Each part has its own running averages at first. Those of the layer are their mean.
+        # Each part updates a copy of the running averages. The layer keeps the mean of the copies.
         means = self.running_mean.repeat(self.splits, 1)  # [splits, C]
         variances = self.running_var.repeat(self.splits, 1)
-        # On a GPU, many small calls would take longer to start than to run. On a CPU, they are
+        # On a GPU, many small calls would take longer to launch than to run. On a CPU, they are
         # faster than the copies that a single call needs.
-        normalize = self.in_one_call if x.is_cuda else self.part_by_part
-        y = normalize(x, means, variances)
+        if x.is_cuda:
+            y = self.normalize_as_channels(x, means, variances)
+        else:
+            y = self.normalize_each_part(x, means, variances)
         self.num_batches_tracked += 1
         self.running_mean.copy_(means.mean(0))
         self.running_var.copy_(variances.mean(0))
         return y
 
-    def part_by_part(self, x: Tensor, means: Tensor, variances: Tensor) -> Tensor:
+    def normalize_each_part(self, x: Tensor, means: Tensor, variances: Tensor) -> Tensor:
         """Normalize each part by a call of its own."""
         parts = []
         for part, mean, var in zip(x.chunk(self.splits), means, variances, strict=True):
@@ -192,7 +196,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
             )
         return torch.cat(parts)
 
-    def in_one_call(self, x: Tensor, means: Tensor, variances: Tensor) -> Tensor:
+    def normalize_as_channels(self, x: Tensor, means: Tensor, variances: Tensor) -> Tensor:
         """Normalize all parts at once, side by side as channels of their own."""
         x = x.unflatten(0, (self.splits, -1)).transpose(0, 1).flatten(1, 2)  # [n, splits * C, H, W]
         x = F.batch_norm(
@@ -210,9 +214,10 @@ class SplitBatchNorm(nn.BatchNorm2d):
 
 
 def default_bn_splits(batch_size: int, processes: int) -> int:
-    """The largest number of equal groups, of at least 32 images each, for batch norm.
+    """The default of --bn-splits: the groups of images that are normalized together.
 
-    There are at most 8 of them over all processes, but at least one per process.
+    As many equal groups as possible of at least 32 images, at most 8 over all processes. Each
+    process has at least one group, even if it is smaller.
     """
     own_images = batch_size // processes
     most_per_process = max(1, min(8, batch_size // 32) // processes)
@@ -221,9 +226,30 @@ def default_bn_splits(batch_size: int, processes: int) -> int:
 
 
 def default_queue_size(images: int, keys: int) -> int:
-    """The largest power of two up to an eighth of the images and 65,536; at least a step's keys."""
+    """The default of --queue-size.
+
+    The largest power of two that is at most 65,536 and at most an eighth of the images, or the keys
+    of a step if they are more.
+    """
     eighth = max(1, images // 8)
-    return max(keys, min(65536, 2 ** (eighth.bit_length() - 1)))
+    power_of_two = 2 ** (eighth.bit_length() - 1)  # the largest one up to `eighth`
+    return max(keys, min(65536, power_of_two))
+
+
+def check_bn_splits(bn_splits: int, keys: int, processes: int) -> None:
+    """Fail if --bn-splits does not divide the keys of a step, over all processes."""
+    if keys % bn_splits or bn_splits == keys or bn_splits % processes:
+        common.fail(
+            f"--bn-splits {bn_splits} must be a multiple of {processes}, the number of processes, "
+            f"and divide the {keys} images of a step into equal groups of at least two: choose "
+            "another, or a larger --batch-size"
+        )
+
+
+def check_queue_size(queue_size: int, keys: int) -> None:
+    """Fail if the keys of a step, over all processes, do not fit into the queue."""
+    if queue_size < keys:
+        common.fail(f"--queue-size {queue_size} must be at least {keys}, the keys of a step")
 
 
 def new_queue(size: int, dim: int, seed: int, device: torch.device) -> Tensor:
@@ -243,7 +269,8 @@ def enqueue(queue: Tensor, k: Tensor, step: int) -> None:
 @torch.no_grad()
 def update_key_encoder(f_k: nn.Module, f_q: nn.Module, m: float) -> None:
     """Momentum update (Eq. 2) of all parameters: key = m * key + (1 - m) * query."""
-    # One call for all parameters, as torch's optimizers make it, instead of one for each.
+    # One call for all parameters, as in torch's optimizers. A loop over the parameters would make
+    # so many small calls that a GPU waits for them.
     torch._foreach_lerp_(list(f_k.parameters()), list(f_q.parameters()), 1 - m)
 
 
@@ -266,8 +293,10 @@ def encode_keys(
 ) -> Tensor:
     """Keys of the images of all processes, with shuffled batch norm (section 3.3).
 
-    A key is normalized in another group of images than its query. Otherwise a query could
-    recognize its key by the batch statistics that they share.
+    The images of all processes are shuffled before f_k sees them, so that a key's batch statistics
+    come from a random group of images, and not from the group of its query. Otherwise a query could
+    recognize its key by the statistics that they share. With a single group (--bn-splits 1), the
+    shuffle has no effect.
 
     Args:
         f_k: the key encoder, as Accelerate has prepared it.
@@ -327,13 +356,19 @@ def find_problems(row: dict, temperature: float, warmed_up: bool) -> list[str]:
 
     Args:
         row: the metrics.
-        temperature: of the loss. The higher it is, the less the loss can fall.
+        temperature: of the loss.
         warmed_up: whether the loss should have left chance by now.
     """
     found = []
     if row["spread"] < 0.1:  # 1 if embeddings fill the sphere, 0 if all are equal
-        found.append("the embeddings collapse: their spread should be near 1, and is near 0")
-    if warmed_up and row["chance"] - row["loss"] < 0.02 * min(row["chance"], 1 / temperature):
+        found.append(
+            "the embeddings collapse (their spread should be near 1, and is near 0): use a lower "
+            "--lr or a longer --warmup-epochs"
+        )
+    # With orthogonal negatives, the loss is at most about 1 / temperature below chance. It cannot
+    # fall below 0 either.
+    reach = min(row["chance"], 1 / temperature)
+    if warmed_up and row["chance"] - row["loss"] < 0.02 * reach:
         found.append("the loss stays at chance: use another --lr or --temperature")
     return found
 
@@ -353,14 +388,17 @@ def build_optimizer(name: str, params, lr: float, weight_decay: float) -> torch.
 def learning_rate(step: int, steps: int, warmup: int, peak: float, schedule: str) -> float:
     """Learning rate at a step from 0 to steps - 1.
 
-    It rises linearly to the peak; then it falls by a cosine to 0 or, if the schedule is "steps",
-    to a tenth at 0.6 of the run and to a hundredth at 0.8.
+    It rises linearly to the peak. Then it follows a cosine down to 0 or, if the schedule is
+    "steps", drops to a tenth after 60 % of the run and to a hundredth after 80 %.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
     if schedule == "steps":
-        drops = (step >= 0.6 * steps) + (step >= 0.8 * steps)
-        return peak * 0.1**drops
+        if step >= 0.8 * steps:
+            return peak * 0.1**2
+        if step >= 0.6 * steps:
+            return peak * 0.1
+        return peak
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
@@ -455,8 +493,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--stem", choices=("3x3", "7x7"), help="first layer (default: 3x3 up to 64 pixels)")
     add(
         "--init",
-        help="encoder.safetensors with the first weights of f_q and f_k, whose inputs follow "
-        "--normalize",
+        help="encoder.safetensors to start f_q and f_k from; use the --normalize that it was "
+        "trained with",
     )
     add(
         "--normalize",
@@ -464,7 +502,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="imagenet",
         help="mean and standard deviation with which the inputs are normalized",
     )
-    add("--head-layers", type=int, choices=(1, 2), help="layers of the head (v1: 1, v2: 2)")
+    add("--head-layers", type=int, choices=(1, 2), help="layers of the head (v1: 1)")
     add(
         "--hidden",
         type=common.positive_int,
@@ -476,20 +514,22 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--version",
         choices=VERSIONS,
-        help="paper whose head, augmentation, temperature and schedule are used, rather than the "
-        "preset's (default: v2, with what the preset changes)",
+        help="paper whose head, operations, jitter, temperature and schedule to use, even where "
+        "the preset sets others (default: v2's, except what the preset sets)",
     )
     add(
         "--queue-size",
         type=common.positive_int,
-        help="keys in the queue, K (default: up to an eighth of the images, and 65536)",
+        help="keys in the queue, K (default: a power of two, at most an eighth of the images and "
+        "at most 65,536, but no fewer than the keys of a step)",
     )
     add("--key-momentum", type=common.fraction, default=0.999, help="momentum m of f_k")
     add("--symmetric", action="store_true", help="use each view as a query and as a key")
     add(
         "--bn-splits",
         type=common.positive_int,
-        help="groups of a batch with batch norm of their own (default: of 32 images, at most 8)",
+        help="groups of a batch that are normalized on their own, over all processes (default: at "
+        "most 8 groups of at least 32 images, but one per process or more)",
     )
     add(
         "--image-size",
@@ -500,7 +540,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--augment",
         nargs="+",
         choices=OPERATIONS["v2"],
-        help="operations in this order (default: the version's, but blur only above 64 pixels)",
+        help="operations, in the order given, but crop, which includes flips, always first "
+        "(default: the version's, but blur only above 64 pixels)",
     )
     add(
         "--crop-scale",
@@ -513,17 +554,17 @@ def build_parser() -> argparse.ArgumentParser:
         type=common.nonnegative_float,
         nargs=5,
         metavar=("BRIGHTNESS", "CONTRAST", "SATURATION", "HUE", "PROBABILITY"),
-        help="strength of the color jitter",
+        help="strengths of the color jitter, and the probability that it is applied",
     )
     add(
         "--temperature",
         type=common.positive_float,
-        help="temperature tau of InfoNCE (v1: 0.07, v2: 0.2)",
+        help="temperature tau of InfoNCE (v1: 0.07)",
     )
     add(
         "--schedule",
         choices=("steps", "cosine"),
-        help="how the learning rate falls (v1: steps, v2: cosine)",
+        help="how the learning rate falls (v1: steps)",
     )
 
     add = parser.add_argument_group("optimization").add_argument
@@ -537,8 +578,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--batch-size",
         type=common.int_above_1,
         default=256,
-        help="images per step, over all processes; the small and photos presets take fewer in sets "
-        "below 16,384",
+        help="images per step, over all processes; the small and photos presets use smaller "
+        "batches for sets of fewer than 16,384 images",
     )
     add("--optimizer", choices=PEAK_LR, default="sgd", help="algorithm that updates the weights")
     add(
@@ -557,15 +598,20 @@ def build_parser() -> argparse.ArgumentParser:
         default=1e-4,
         help="weight decay of the optimizer",
     )
-    add("--seed", type=common.nonnegative_int, default=0, help="random seed of weights and views")
+    add(
+        "--seed",
+        type=common.nonnegative_int,
+        default=0,
+        help="random seed of weights, views, queue and shuffle",
+    )
 
     add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, help="folder of the run (default: runs/moco-DATA)")
     add(
         "--holdout",
         type=common.positive_int,
-        help="labeled training images to leave out, on which kNN is measured during the run, and "
-        "not on the test images",
+        help="labeled training images to set aside; during the run, kNN is measured on them "
+        "instead of on the test images",
     )
     add("--eval-every", type=common.positive_int, default=5, help="epochs between kNN evaluations")
     add(
@@ -574,21 +620,30 @@ def build_parser() -> argparse.ArgumentParser:
         help="experiment tracker to report to",
     )
 
+    parser.set_defaults(**VERSIONS["v2"])
     return parser
 
 
 def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argparse.Namespace:
-    """Parse the flags. A flag that is not given takes the preset's value, or else its default."""
+    """Parse the flags.
+
+    A flag that is not given takes the value of --version if that is given, or else the preset's, or
+    else its default.
+    """
     parser = build_parser()
-    named = parser.parse_args(argv).version
-    parser.set_defaults(**VERSIONS["v2"] | (preset or {}) | VERSIONS.get(named, {}))
+    given_version = parser.parse_args(argv).version
+    parser.set_defaults(**(preset or {}) | VERSIONS.get(given_version, {}))
     args = parser.parse_args(argv)
-    args.version = named or "v2"
-    if args.jitter[3] > 0.5 or args.jitter[4] > 1:
-        common.fail(f"--jitter {args.jitter}: the hue must be at most 0.5, the probability 1")
+    args.version = given_version or "v2"
+    hue, probability = args.jitter[3:]
+    if hue > 0.5 or probability > 1:
+        common.fail(
+            f"--jitter: the hue must be at most 0.5 and the probability at most 1, but they are "
+            f"{hue} and {probability}"
+        )
     if args.lr is None:
-        rates = SMALL_NETWORK_PEAK_LR if args.arch == "small" else PEAK_LR
         power = 0.5 if args.optimizer == "adamw" else 1
+        rates = SMALL_NETWORK_PEAK_LR if args.arch == "small" else PEAK_LR
         args.lr = rates[args.optimizer] * (args.batch_size / 256) ** power
     if args.out is None:
         args.out = Path("runs", f"moco-{Path(args.data).absolute().name}".removesuffix(".npz"))
@@ -624,36 +679,12 @@ def parse_arguments_for(
 # --------------------------------------------------------------------------------------
 
 
-def choose_groups_and_queue(
-    args: argparse.Namespace, keys: int, images: int, processes: int
-) -> None:
-    """Check --bn-splits and --queue-size, and choose them if they are not given.
-
-    Args:
-        args: the flags, in which both are set.
-        keys: keys of a step, over all processes.
-        images: how many there are to train on.
-        processes: how many there are.
-
-    Raises:
-        SystemExit: if they do not suit the batch.
-    """
-    args.bn_splits = args.bn_splits or default_bn_splits(args.batch_size, processes)
-    if keys % args.bn_splits or args.bn_splits == keys or args.bn_splits % processes:
-        common.fail(
-            f"--bn-splits {args.bn_splits} must be a multiple of the {processes} processes, and "
-            f"divide {keys} images into groups of two or more"
-        )
-    args.queue_size = args.queue_size or default_queue_size(images, keys)
-    if args.queue_size < keys:
-        common.fail(f"--queue-size {args.queue_size} must be at least the {keys} keys of a step")
-
-
 def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     """Pretrain, evaluate, and leave the run in --out."""
     args = parse_arguments(argv)
     torch.backends.cudnn.benchmark = True
     accelerator = common.start_accelerator(args.log_with, args.out)
+    common.check_agreement(vars(args))
     device, processes = accelerator.device, accelerator.num_processes
 
     # Data: images to train on, without labels. Labeled training images (the bank) and test images
@@ -669,11 +700,15 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     common.check_batch_size(args.batch_size, len(images), processes)
 
     keys = args.batch_size * (2 if args.symmetric else 1)  # of a step, over all processes
-    choose_groups_and_queue(args, keys, len(images), processes)
-    if len(images) < 2 * args.queue_size:
+    args.bn_splits = args.bn_splits or default_bn_splits(args.batch_size, processes)
+    check_bn_splits(args.bn_splits, keys, processes)
+    args.queue_size = args.queue_size or default_queue_size(len(images), keys)
+    check_queue_size(args.queue_size, keys)
+    images_in_queue = args.queue_size * args.batch_size // keys
+    if images_in_queue > len(images) / 2:
         accelerator.print(
-            f"warning: --queue-size {args.queue_size} is above half of the {len(images)} images: "
-            "too often, a negative shows the query's own image"
+            f"warning: the queue holds keys of more than half of the {len(images)} images, so a "
+            "negative is often the query's own image: use a smaller --queue-size or --batch-size"
         )
     epoch_steps = len(images) // args.batch_size
     total_steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
@@ -682,7 +717,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         warmup_steps = min(round(args.warmup_epochs * epoch_steps), total_steps - 1)
     epochs = math.ceil(total_steps / epoch_steps)
 
-    # Model: f_q with its head; f_k begins as a copy of both and gets no gradients.
+    # Model: f_q is an encoder with a head. f_k starts as a copy of it, and is not trained by
+    # gradients.
     norm_layer = nn.BatchNorm2d
     if args.bn_splits > processes:
         norm_layer = partial(SplitBatchNorm, splits=args.bn_splits // processes)
@@ -704,7 +740,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     queue = new_queue(args.queue_size, args.dim, args.seed, device)
     optimizer = build_optimizer(args.optimizer, network.parameters(), args.lr, args.weight_decay)
     f_q, optimizer = accelerator.prepare(network, optimizer)
-    # "evaluation_mode" means no DDP, since f_k has no gradients. It stays in training mode.
+    # "evaluation_mode" only leaves out DDP, which refuses a module without gradients. f_k stays in
+    # training mode.
     f_k = accelerator.prepare_model(key_network, evaluation_mode=True)
 
     # Run: start a new one, print a finished one, or resume from a checkpoint.
@@ -759,12 +796,14 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             lr = learning_rate(step, total_steps, warmup_steps, args.lr, args.schedule)
             optimizer.param_groups[0]["lr"] = lr
 
-            # Algorithm 1. The keys are gathered from all processes; each has its own queries. The
-            # paper updates f_k at the end of a step, here it is at the start of the next.
+            # Algorithm 1. Keys are gathered from all processes, because the queue is the same on
+            # each; queries stay where they are. f_k is updated at the start of a step, as in the
+            # authors' code. In the paper it is at the end, which is the same, because f_k starts as
+            # a copy of f_q. The last number of the generator keeps the shuffle independent of the
+            # views, which are drawn from the other three.
             x_q, x_k = queries_and_keys(views, args.symmetric)
-            update_key_encoder(key_network, network, args.key_momentum)
-            step_of_epoch = step - epoch * epoch_steps
-            rng = common.generator(args.seed, epoch, step_of_epoch, 1)  # 1: not that of the views
+            update_key_encoder(f_k, f_q, args.key_momentum)
+            rng = common.generator(args.seed, epoch, step % epoch_steps, 1)
             k = encode_keys(f_k, x_k, rng, accelerator)
             q = f_q(x_q.contiguous(memory_format=torch.channels_last)).float()
             q = F.normalize(q, dim=1)
@@ -816,7 +855,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         for problem in find_problems(row, args.temperature, warmed_up):
             accelerator.print(f"warning: {problem}")
         accelerator.log(row, step=step)
-        losses, images.waited = [], 0.0
+        losses = []
+        images.waited = 0.0
         if accelerator.is_main_process:
             save_run(args.out, state())
         saved_at = time.monotonic()

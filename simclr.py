@@ -215,7 +215,10 @@ def find_problems(row: dict, warmed_up: bool) -> list[str]:
     """Return warnings about the metrics of one epoch."""
     found = []
     if row["spread"] < 0.1:  # 1 if embeddings fill the sphere, 0 if all are equal
-        found.append("the embeddings collapse: their spread should be near 1, and is near 0")
+        found.append(
+            "the embeddings collapse (their spread should be near 1, and is near 0): use a lower "
+            "--lr or a longer --warmup-epochs"
+        )
     if warmed_up and row["chance"] - row["loss"] < 0.02 * (row["chance"] - row["bound"]):
         found.append("the loss stays at chance: use another --lr or --temperature")
     return found
@@ -442,7 +445,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("model").add_argument
     add("--arch", choices=common.ARCHITECTURES, default="resnet18", help="encoder f")
     add("--stem", choices=("3x3", "7x7"), help="first layer (default: 3x3 up to 64 pixels)")
-    add("--init", help="encoder.safetensors whose weights f starts from")
+    add("--init", help="encoder.safetensors to start f from")
     add("--head-layers", type=int, choices=range(4), default=2, help="layers of the head g")
     add(
         "--hidden",
@@ -488,8 +491,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--batch-size",
         type=common.int_above_1,
         default=256,
-        help="images per step, over all processes; the small and photos presets take fewer in sets "
-        "below 16,384",
+        help="images per step, over all processes; the small and photos presets use smaller "
+        "batches for sets of fewer than 16,384 images",
     )
     add(
         "--chunk-size",
@@ -525,8 +528,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--holdout",
         type=common.positive_int,
-        help="labeled training images to leave out, on which kNN is measured during the run, and "
-        "not on the test images",
+        help="labeled training images to set aside; during the run, kNN is measured on them "
+        "instead of on the test images",
     )
     add("--eval-every", type=common.positive_int, default=5, help="epochs between kNN evaluations")
     add(
@@ -588,6 +591,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     args = parse_arguments(argv)
     torch.backends.cudnn.benchmark = True
     accelerator = common.start_accelerator(args.log_with, args.out)
+    common.check_agreement(vars(args))
     device, processes = accelerator.device, accelerator.num_processes
 
     # Data: images to train on, without labels. Labeled training images (the bank) and test images
@@ -724,7 +728,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         for problem in find_problems(row, step > max(warmup_steps, epoch_steps)):
             accelerator.print(f"warning: {problem}")
         accelerator.log(row, step=step)
-        losses, images.waited = [], 0.0
+        losses = []
+        images.waited = 0.0
         if accelerator.is_main_process:
             save_run(args.out, state())
         saved_at = time.monotonic()

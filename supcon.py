@@ -30,11 +30,11 @@ Differences from the paper and the authors' code:
 - --max-positives leaves the denominator as it is; the authors' TensorFlow code takes the other
   positives out of it.
 - The optimizer is SGD or AdamW; for ImageNet the paper used LARS.
-- Inputs are normalized, as in the authors' PyTorch code, but with ImageNet's mean and standard
-  deviation for all data (--normalize).
+- Inputs are normalized, as in the authors' PyTorch code, but by default with ImageNet's mean and
+  standard deviation for all data (--normalize).
 - The augmentation is SimCLR's. Cross-entropy is trained on the same two views.
-- The defaults depend on the images (`PRESETS`). Those of --preset paper are the authors', but with
-  batch size 256.
+- The defaults depend on the images (`PRESETS`). Those of --preset paper are those of the authors'
+  PyTorch code, but with the paper's 350 epochs and batch size 256.
 - --label-noise changes the labels for training only. The evaluation uses the true ones.
 - On CPUs each process has its own batch norm statistics, because PyTorch synchronizes them only on
   GPUs.
@@ -42,7 +42,7 @@ Differences from the paper and the authors' code:
 The authors' experiments, with the accuracy that they report. They were not run here:
 - CIFAR-10 (96.0 %; cross-entropy 95.0 %): --data cifar10 --preset paper --arch resnet50
   --batch-size 1024 --epochs 1000 --normalize cifar10
-- ImageNet (78.7 %, theirs with LARS): --data FOLDER --preset paper --arch resnet50
+- ImageNet (78.7 %, theirs with LARS and AutoAugment): --data FOLDER --preset paper --arch resnet50
   --batch-size 4096 --eval-every 20
 
 How to adapt it:
@@ -96,6 +96,7 @@ PRESETS = {
 OPERATIONS = ("crop", "color", "gray", "blur")
 PEAK_LR = {"sgd": 0.125, "adamw": 0.0007}  # at batch size 256
 SMALL_NETWORK_PEAK_LR = PEAK_LR | {"adamw": 0.004}  # for --arch small, which takes a higher one
+LOSSES = ("out", "in", "ce")
 # Shown besides loss, chance, spread and speed, for each --loss.
 CONSOLE_METRICS = {"out": ("knn",), "in": ("knn",), "ce": ("knn", "classifier")}
 MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
@@ -142,7 +143,7 @@ def mislabel(labels: Tensor, classes: int, share: float, seed: int) -> Tensor:
 
 
 def share_alone(labels: Tensor, batch_size: int) -> float:
-    """The share of a batch's images that can be expected to be the only one of their class."""
+    """The expected share of the images of a batch that are the only one of their class."""
     share = labels.bincount() / len(labels)  # of each class
     return (share * (1 - share) ** (batch_size - 1)).sum().item()
 
@@ -169,8 +170,8 @@ def supcon_loss(
 
     With unique labels it is NT-Xent. With one view, temperature 1 and two images of each class it
     is what the paper calls the N-pairs loss. With one positive p and one negative n, of unit
-    length, the loss of anchor a is ln 2 + (|a - p|^2 - |a - n|^2) / 4 tau + O(x^2), where
-    x = (|a - p|^2 - |a - n|^2) / 2 tau: a triplet loss up to scale and constant, for x near 0.
+    length, the loss of anchor a is ln 2 + (|a - p|^2 - |a - n|^2) / (4 tau) + O(x^2), where
+    x = (|a - p|^2 - |a - n|^2) / (2 tau): a triplet loss up to scale and constant, for x near 0.
 
     Args:
         z: [N, V, D] embeddings of V views of N images. They are used as they are; the paper's have
@@ -185,7 +186,7 @@ def supcon_loss(
         Scalar; ln(NV - 1) if all embeddings are equal, 0 if no anchor has a positive.
 
     Raises:
-        ValueError: if the shapes do not match, or the variant or the maximum is unknown.
+        ValueError: if the shapes do not match, the variant is unknown, or max_positives is below 1.
     """
     if z.ndim != 3 or labels.shape != z.shape[:1] or variant not in ("out", "in"):
         raise ValueError(
@@ -199,11 +200,11 @@ def supcon_loss(
     positive = labels[:, None] == labels  # [NV, NV]
     positive.fill_diagonal_(False)
     if max_positives:
-        positive &= nearest_in_batch(positive, V, max_positives)
+        positive = keep_first(positive, V, max_positives)
 
-    # The denominator of the softmax is the sum over A(i): `least` on the diagonal excludes i.
-    least = torch.finfo(z.dtype).min
-    log_p = (z @ z.T / temperature).fill_diagonal_(least).log_softmax(1)
+    similarity = z @ z.T / temperature
+    similarity.fill_diagonal_(-torch.inf)  # leaves i out of the denominator, the sum over A(i)
+    log_p = similarity.log_softmax(1)
     count = positive.sum(1).clamp(min=1).to(z.dtype)  # |P(i)|
     has_positive = positive.any(1)
     if variant == "out":
@@ -215,16 +216,17 @@ def supcon_loss(
     return loss.masked_fill(~has_positive, 0).sum() / has_positive.sum().clamp(min=1)
 
 
-def nearest_in_batch(positive: Tensor, V: int, most: int) -> Tensor:
-    """A mask of the columns up to each row's positive number `most`, [NV, NV].
+def keep_first(positive: Tensor, V: int, most: int) -> Tensor:
+    """Keep the first `most` positives of each anchor in the mask [NV, NV].
 
-    The columns are counted from the first view of the anchor's image on, wrapping around.
+    They are counted in the order of the batch, from the first view of the anchor's own image on,
+    wrapping around.
     """
-    i = torch.arange(len(positive), device=positive.device)
-    first = (i // V * V)[:, None]
-    turned = positive.gather(1, (i + first) % len(i))
-    within = turned.cumsum(1) <= most
-    return within.gather(1, (i - first) % len(i))
+    column = torch.arange(len(positive), device=positive.device)
+    start = (column // V * V)[:, None]  # of each anchor, the first view of its image
+    in_order = positive.gather(1, (column + start) % len(column))
+    kept = in_order & (in_order.cumsum(1) <= most)
+    return kept.gather(1, (column - start) % len(column))
 
 
 def gather(z: Tensor, accelerator: Accelerator) -> Tensor:
@@ -244,11 +246,15 @@ def find_problems(row: dict, warmed_up: bool) -> list[str]:
     """Return warnings about the metrics of one epoch."""
     found = []
     if row["spread"] < 0.1:  # 1 if embeddings fill the sphere, 0 if all are equal
-        found.append("the embeddings collapse: their spread should be near 1, and is near 0")
+        found.append(
+            "the embeddings collapse (their spread should be near 1, and is near 0): use a lower "
+            "--lr or a longer --warmup-epochs"
+        )
+    # With few classes, even a perfect network has a loss that is only a little below chance.
     if warmed_up and row["chance"] - row["loss"] < 0.003 * row["chance"]:
         found.append(
-            "the loss stays at chance: use another --lr or --temperature, unless few classes or "
-            "much noise leave no more to gain"
+            "the loss stays at chance: use another --lr or, with --loss out and in, another "
+            "--temperature (with few classes or many wrong labels, there is little to gain)"
         )
     return found
 
@@ -417,7 +423,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--stem", choices=("3x3", "7x7"), help="first layer (default: 3x3 up to 64 pixels)")
     add(
         "--init",
-        help="encoder.safetensors with the first weights of f, whose inputs follow --normalize",
+        help="encoder.safetensors to start f from; use the --normalize that it was trained with",
     )
     add(
         "--normalize",
@@ -425,16 +431,22 @@ def build_parser() -> argparse.ArgumentParser:
         default="imagenet",
         help="mean and standard deviation with which the inputs are normalized",
     )
-    add("--head-layers", type=int, choices=(1, 2, 3), default=2, help="layers of the head")
+    add(
+        "--head-layers",
+        type=int,
+        choices=(1, 2, 3),
+        default=2,
+        help="layers of the head, which --loss ce does not have",
+    )
     add(
         "--hidden",
         type=common.positive_int,
         help="width of the head's inner layers (default: the encoder's width)",
     )
-    add("--dim", type=common.positive_int, default=128, help="dimensions of z")
+    add("--dim", type=common.positive_int, default=128, help="dimensions of the head's output z")
 
     add = parser.add_argument_group("method").add_argument
-    add("--loss", choices=CONSOLE_METRICS, default="out", help="L_out, L_in or cross-entropy")
+    add("--loss", choices=LOSSES, default="out", help="L_out, L_in or cross-entropy (ce)")
     add(
         "--max-positives",
         type=common.positive_int,
@@ -469,7 +481,12 @@ def build_parser() -> argparse.ArgumentParser:
         default=0.5,
         help="strength s of the color jitter",
     )
-    add("--temperature", type=common.positive_float, default=0.1, help="temperature tau")
+    add(
+        "--temperature",
+        type=common.positive_float,
+        default=0.1,
+        help="temperature tau of L_out and L_in",
+    )
 
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=common.positive_int, default=100, help="passes over the images")
@@ -482,8 +499,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--batch-size",
         type=common.int_above_1,
         default=256,
-        help="images per step, over all processes; the small and photos presets take fewer in sets "
-        "below 16,384",
+        help="images per step, over all processes; the small and photos presets use smaller "
+        "batches for sets of fewer than 16,384 images",
     )
     add(
         "--chunk-size",
@@ -514,8 +531,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--holdout",
         type=common.positive_int,
-        help="labeled training images to leave out, on which kNN is measured during the run, and "
-        "not on the test images",
+        help="labeled training images to set aside; during the run, kNN is measured on them "
+        "instead of on the test images",
     )
     add("--eval-every", type=common.positive_int, default=5, help="epochs between kNN evaluations")
     add(
@@ -533,14 +550,26 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
     parser.set_defaults(**preset or {})
     args = parser.parse_args(argv)
     if args.loss == "ce" and args.max_positives:
-        common.fail("--max-positives is for --loss out and in")
+        common.fail("--max-positives has no effect with --loss ce: leave it out")
     if args.lr is None:
-        rates = SMALL_NETWORK_PEAK_LR if args.arch == "small" else PEAK_LR
         power = 0.5 if args.optimizer == "adamw" else 1
+        rates = SMALL_NETWORK_PEAK_LR if args.arch == "small" else PEAK_LR
         args.lr = rates[args.optimizer] * (args.batch_size / 256) ** power
     if args.out is None:
         args.out = Path("runs", f"supcon-{Path(args.data).absolute().name}".removesuffix(".npz"))
     return args
+
+
+def batch_size_for(labels: Tensor) -> int:
+    """The default batch size for images with these labels.
+
+    It is doubled, up to 256, while more than a tenth of the images would be alone in their class.
+    Their only positive would be their own other view, and the loss little more than NT-Xent.
+    """
+    batch_size = common.default_batch_size(len(labels))
+    while batch_size < min(256, len(labels) // 2) and share_alone(labels, batch_size) > 0.1:
+        batch_size *= 2
+    return batch_size
 
 
 def parse_arguments_for(
@@ -554,7 +583,7 @@ def parse_arguments_for(
     args = parse_arguments(argv)
     side = args.image_size or images.side
     preset = args.preset or common.choose_preset(args.data, side, len(images))
-    defaults = {"batch_size": default_batch_size(images.labels)} | PRESETS[preset]
+    defaults = {"batch_size": batch_size_for(images.labels)} | PRESETS[preset]
     args = parse_arguments(argv, defaults | {"preset": preset})
 
     # Flags that follow from the size of the views.
@@ -572,17 +601,6 @@ def parse_arguments_for(
 # --------------------------------------------------------------------------------------
 
 
-def default_batch_size(labels: Tensor) -> int:
-    """The batch size for a number of images, doubled up to 256 while too many are alone.
-
-    With many classes, a small batch leaves too many images without positives.
-    """
-    batch_size = common.default_batch_size(len(labels))
-    while batch_size < min(256, len(labels) // 2) and share_alone(labels, batch_size) > 0.1:
-        batch_size *= 2
-    return batch_size
-
-
 def classifier_accuracy(network: nn.Sequential, images: common.ImageSet, size: int) -> float:
     """Accuracy in percent of encoder and classifier on labeled images, in float32."""
     layers = nn.Sequential(*network)  # without the autocast that Accelerate gave to `network`
@@ -595,17 +613,19 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     args = parse_arguments(argv)
     torch.backends.cudnn.benchmark = True
     accelerator = common.start_accelerator(args.log_with, args.out)
+    common.check_agreement(vars(args))
     device, processes = accelerator.device, accelerator.num_processes
 
-    # Data: labeled images to train on, which are also used for evaluation, with test images. The
-    # watched images are those of the evaluation during the run.
+    # Data: labeled images to train on, which are also the bank of the evaluation, and test images.
+    # The watched images are those of the evaluation during the run.
     _, images, test, watched = common.load_splits(
         args.data, args.root, args.limit, device, args.workers, args.stream, args.holdout
     )
     if not images or images.labels.unique().numel() < 2:
         common.fail(
-            f"--data {args.data} has no labels, or a single class: use a folder with one folder "
-            "per class, or a data set"
+            f"--data {args.data} has no labels, or a single class: use a folder with train and val "
+            "or test, each with one folder per class, an .npz file with labels, or one of "
+            f"{', '.join(common.SETS)}"
         )
     classes = len(images.classes)
 
@@ -620,7 +640,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     if args.loss != "ce" and alone > 0.1:
         accelerator.print(
             f"warning: about {100 * alone:.0f} % of the {args.batch_size} images of a batch are "
-            "alone in their class: use a larger --batch-size"
+            "alone in their class, with no positive but their own other view: use a larger "
+            "--batch-size"
         )
     epoch_steps = len(images) // args.batch_size
     total_steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
@@ -639,7 +660,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     args.hidden = args.hidden or encoder.width
     head_widths = [args.hidden] * (args.head_layers - 1) + [args.dim]
     head = torchvision.ops.MLP(encoder.width, head_widths)
-    if args.loss == "ce":
+    if args.loss == "ce":  # The unused head has drawn random numbers, as in earlier versions.
         head = nn.Linear(encoder.width, classes)
     mean, std = common.STATISTICS[args.normalize]
     normalize = common.Normalize(mean, std)
@@ -684,7 +705,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     batches = common.batches(
         images, recipes, args.batch_size, args.seed, start=step, stop=total_steps
     )
-    chance_classes = classes if args.loss == "ce" else 2 * args.batch_size - 1
+    # The loss while all embeddings or, for cross-entropy, the scores of all classes are equal.
+    chance = math.log(classes if args.loss == "ce" else 2 * args.batch_size - 1)
     accelerator.init_trackers("supcon", {name: str(value) for name, value in settings.items()})
     accelerator.print(common.format_header(CONSOLE_METRICS[args.loss]))
     saved_at = time.monotonic()
@@ -740,7 +762,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             "epoch": epoch + 1,
             "step": step,
             "loss": mean_loss,
-            "chance": math.log(chance_classes),  # the loss of equal embeddings
+            "chance": chance,
             "spread": common.spread(all_z[:, 0]),  # of the last batch
             "lr": lr,
             "images_per_s": (step - first_step) * args.batch_size / seconds,
@@ -759,16 +781,17 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         for problem in find_problems(row, step > max(warmup_steps, epoch_steps)):
             accelerator.print(f"warning: {problem}")
         accelerator.log(row, step=step)
-        losses, images.waited = [], 0.0
+        losses = []
+        images.waited = 0.0
         if accelerator.is_main_process:
             save_run(args.out, state())
         saved_at = time.monotonic()
 
     # The end of the run: write and print its results, and export the encoder.
-    own = {}
+    classifier_row = {}
     if args.loss == "ce":
         percent = classifier_accuracy(network, test, args.image_size)
-        own["own classifier"] = common.summarize([percent], len(test))
+        classifier_row["own classifier"] = common.summarize([percent], len(test))
     about = {
         "method": f"supcon-{args.loss}",
         "architecture": args.arch,
@@ -778,7 +801,9 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         "std": list(std),
         "data": args.data,
     }
-    common.finish(args.out, encoder, about, images, test, watched, args.seed, rows[-1], own)
+    common.finish(
+        args.out, encoder, about, images, test, watched, args.seed, rows[-1], classifier_row
+    )
     # Accelerate's end_training would also part the processes, for which it is too early while the
     # model is alive. `common.entry_point` does that.
     for tracker in accelerator.trackers:

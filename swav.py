@@ -30,10 +30,11 @@ Differences from the paper and the authors' code:
 - The defaults depend on the images (`PRESETS`). Those of --preset paper are the authors' for batch
   size 256. Images up to 64 pixels are not blurred, and their small crops, if there are any, have
   9/16 of the large ones' side (3/7).
-- Inputs are normalized with ImageNet's mean and standard deviation (--normalize). In the authors'
-  code the deviation of red is 0.228, not the usual 0.229.
-- The default peak of the learning rate grows with the batch size to the power 3/4, which gives the
-  authors' 0.6 at 256 and 4.8 at 4096.
+- By default, inputs are normalized with ImageNet's mean and standard deviation (--normalize). In
+  the authors' code the deviation of red is 0.228, not the usual 0.229.
+- With LARC and SGD, the default peak of the learning rate grows with the batch size to the power
+  3/4, which gives the authors' 0.6 at 256 and 4.8 at 4096. With AdamW, it grows with the square
+  root.
 - On CPUs each process has its own batch norm statistics, because PyTorch synchronizes them only on
   GPUs.
 
@@ -87,7 +88,7 @@ PRESETS = {
         "epsilon": 0.01,
         "queue_size": 0,
         "crops": [2],  # At 32 pixels, small crops cost time and bring nothing.
-        "crop_scales": [0.2, 1.0, 0.05, 0.2],
+        "crop_scales": [0.2, 1.0, 0.05, 0.2],  # The second pair is for --crops with small crops.
         "color_strength": 0.5,
         "optimizer": "adamw",
     },
@@ -147,7 +148,8 @@ def augmentation(
 
 def default_crop_sizes(side: int) -> list[int]:
     """Sides of the large and the small crops for images with this side: 32 and 18, 224 and 96."""
-    return [side, round(side * (9 / 16 if side <= 64 else 3 / 7))]
+    share = 9 / 16 if side <= 64 else 3 / 7
+    return [side, round(side * share)]
 
 
 # --------------------------------------------------------------------------------------
@@ -180,7 +182,8 @@ class SwAV(nn.Module):
                 head takes all.
 
         Returns:
-            z [N, D] of unit length and the scores z C^T [N, K], float32, of all N crops.
+            z [V * B, D] of unit length and the scores z C^T [V * B, K], float32, of all V crops of
+            B images: all images' first crop, then all images' second crop, and so on.
         """
         z = self.head(torch.cat([self.encoder(self.normalize(x)) for x in crops]))
         with torch.autocast(z.device.type, enabled=False):
@@ -201,21 +204,21 @@ def normalize_prototypes(C: Tensor) -> None:
 
 @torch.no_grad()
 def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
-    """Codes Q (Eq. 5): soft assignments that use all prototypes equally.
+    """Codes Q (Eq. 5): soft assignments that use all prototypes about equally.
 
-    In turn, each prototype gets an equal share of the batch, and each row the same weight.
+    Each round first gives every prototype the same total weight, and then makes each row sum to 1.
 
     Args:
         scores: [B, K] of embeddings and prototypes.
-        epsilon: the weight of the entropy; the smaller it is, the harder are the codes.
-        iterations: how many times both are scaled.
+        epsilon: weight of the entropy in Eq. 3; a smaller one gives harder codes.
+        iterations: number of rounds; the more, the more equal the shares.
 
     Returns:
         [B, K], float32 or better; each row sums to 1.
     """
     dtype = torch.float32
     if epsilon < 0.01 and scores.device.type != "mps":  # MPS has no float64.
-        dtype = torch.float64  # Dividing by such a small epsilon costs too much of float32.
+        dtype = torch.float64  # With so small an epsilon, float32 is not precise enough.
     log_q = scores.to(torch.promote_types(scores.dtype, dtype)) / epsilon
     for _ in range(iterations):
         log_q = log_q.log_softmax(0).log_softmax(1)
@@ -231,7 +234,7 @@ def assign_codes(
     Args:
         Z: [2, N, D] embeddings of these crops of the images of all processes.
         C: [K, D] prototypes.
-        queue: [2, Q, D] embeddings of earlier batches, or None. They count toward the equal
+        queue: [2, L, D] embeddings of earlier batches, or None. They count toward the equal
             shares, but their codes are dropped.
         epsilon: the weight of the entropy; see `sinkhorn`.
 
@@ -246,14 +249,14 @@ def assign_codes(
 
 
 def enqueue(queue: Tensor, Z: Tensor, step: int) -> None:
-    """Write the embeddings Z [2, N, D] of a step over the oldest ones in the queue [2, Q, D].
+    """Write the embeddings Z [2, N, D] of a step over the oldest ones in the queue [2, L, D].
 
-    The queue is a ring: counted from the start of the run, image number i is in row i mod Q. If it
-    is shorter than the batch, it holds the last Q images of the batch.
+    The queue is a ring: counted from the start of the run, image number i is in row i mod L. If it
+    is shorter than the batch, it holds the last L images of the batch.
     """
-    Q, N = queue.shape[1], Z.shape[1]
+    L, N = queue.shape[1], Z.shape[1]
     number = step * N + torch.arange(N, device=Z.device)
-    queue[:, number[-Q:] % Q] = Z[:, -Q:]
+    queue[:, number[-L:] % L] = Z[:, -L:]
 
 
 # --------------------------------------------------------------------------------------
@@ -285,10 +288,10 @@ def swapped_prediction_loss(scores: Tensor, codes: Tensor, temperature: float) -
         )
     V, B = scores.shape[:2]
     log_p = (scores / temperature).log_softmax(2)
-    # [2, V]: entry (i, v) is the cross-entropy of code i and the prediction by crop v. On the
-    # diagonal a crop predicts its own code, which does not count.
-    loss = -(codes.flatten(1) @ log_p.flatten(1).T) / B
-    return (loss.sum() - loss.trace()) / (2 * (V - 1))
+    # [2, V]: entry (i, v) compares code i with its prediction from crop v, averaged over the
+    # images. The diagonal, on which a crop would predict its own code, is left out.
+    cross_entropy = -(codes.flatten(1) @ log_p.flatten(1).T) / B
+    return (cross_entropy.sum() - cross_entropy.trace()) / (2 * (V - 1))
 
 
 def find_problems(rows: list[dict], warmed_up: bool) -> list[str]:
@@ -300,14 +303,19 @@ def find_problems(rows: list[dict], warmed_up: bool) -> list[str]:
     """
     row = rows[-1]
     at_chance = abs(row["loss"] / row["chance"] - 1) < 0.02
-    falls = len(rows) > 1 and rows[-2]["loss"] - row["loss"] > 0.02
-    stuck = at_chance and not falls
-    if warmed_up and (stuck or row["spread"] < 0.1):
-        return [
-            "the codes collapse: the loss stays at chance, or the spread is near 0; use a lower "
-            "--epsilon, a longer --freeze-prototypes, a later --queue-start or fewer --prototypes"
-        ]
-    return []
+    is_falling = len(rows) > 1 and rows[-2]["loss"] - row["loss"] > 0.02
+    found = []
+    if warmed_up and row["spread"] < 0.1:  # 1 if embeddings fill the sphere, 0 if all are equal
+        found.append(
+            "the embeddings collapse (their spread should be near 1, and is near 0): use a lower "
+            "--lr or --epsilon, or fewer --prototypes"
+        )
+    if warmed_up and at_chance and not is_falling:
+        found.append(
+            "the loss stays at chance: use a lower --epsilon, a longer --freeze-prototypes, a "
+            "later --queue-start or fewer --prototypes"
+        )
+    return found
 
 
 # --------------------------------------------------------------------------------------
@@ -363,11 +371,13 @@ def build_optimizer(name: str, params, lr: float, weight_decay: float) -> torch.
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     """Learning rate at a step from 0 to steps - 1.
 
-    It rises linearly from 1/16 of the peak to the peak, then falls by a cosine to 1/1000 of it.
+    It rises linearly from 1/16 of the peak to the peak. Then it follows a cosine down to 1/1000 of
+    it.
     """
     if step < warmup:
         return peak * (1 + 15 * step / warmup) / 16
-    return peak * (0.001 + 0.4995 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))))
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))  # from 1 to 0
+    return peak * (0.001 + 0.999 * cosine)
 
 
 # --------------------------------------------------------------------------------------
@@ -482,7 +492,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--stem", choices=("3x3", "7x7"), help="first layer (default: 3x3 up to 64 pixels)")
     add(
         "--init",
-        help="encoder.safetensors with the first weights of f, whose inputs follow --normalize",
+        help="encoder.safetensors to start f from; use the --normalize that it was trained with",
     )
     add(
         "--normalize",
@@ -508,19 +518,19 @@ def build_parser() -> argparse.ArgumentParser:
         "--freeze-prototypes",
         type=common.nonnegative_float,
         default=1.0,
-        help="epochs in which the prototypes do not learn",
+        help="epochs at the start during which the prototypes are not trained",
     )
     add(
         "--epsilon",
         type=common.positive_float,
         default=0.05,
-        help="weight of the entropy in the codes",
+        help="weight of the entropy in Eq. 3; a smaller one gives harder codes",
     )
     add(
         "--queue-size",
         type=common.nonnegative_int,
         default=3840,
-        help="earlier images whose embeddings help to make codes; 0 for none",
+        help="earlier images that take part in computing the codes; 0 for none",
     )
     add(
         "--queue-start",
@@ -533,20 +543,23 @@ def build_parser() -> argparse.ArgumentParser:
         type=common.positive_int,
         nargs="+",
         default=[2, 6],
-        help="crops of each image, for each resolution",
+        help="number of crops of each image at each resolution; the first number is at least 2, "
+        "since two crops get codes",
     )
     add(
         "--crop-sizes",
         type=common.int_above_1,
         nargs="+",
-        help="side of the crops in pixels, for each resolution (default: by the images' side)",
+        help="side of the crops in pixels, for each resolution (default: the side of the images, "
+        "at most 224, and 3/7 of it, or 9/16 up to 64 pixels)",
     )
     add(
         "--crop-scales",
         type=common.positive_fraction,
         nargs="+",
         default=[0.14, 1.0, 0.05, 0.14],
-        help="least and largest area of a crop as a share of the image's, for each resolution",
+        help="for each resolution two numbers, the least and the largest area of a crop, as shares "
+        "of the image's",
     )
     add(
         "--augment",
@@ -578,8 +591,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--batch-size",
         type=common.int_above_1,
         default=256,
-        help="images per step, over all processes; the small and photos presets take fewer in sets "
-        "below 16,384",
+        help="images per step, over all processes; the small and photos presets use smaller "
+        "batches for sets of fewer than 16,384 images",
     )
     add("--optimizer", choices=PEAK_LR, default="larc", help="algorithm that updates the weights")
     add(
@@ -604,8 +617,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--holdout",
         type=common.positive_int,
-        help="labeled training images to leave out, on which kNN is measured during the run, and "
-        "not on the test images",
+        help="labeled training images to set aside; during the run, kNN is measured on them "
+        "instead of on the test images",
     )
     add("--eval-every", type=common.positive_int, default=5, help="epochs between kNN evaluations")
     add(
@@ -627,8 +640,8 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
     if args.weight_decay is None:
         args.weight_decay = 1e-4 if args.optimizer == "adamw" else 1e-6
     if args.lr is None:
-        rates = SMALL_NETWORK_PEAK_LR if args.arch == "small" else PEAK_LR
         power = 0.5 if args.optimizer == "adamw" else 0.75
+        rates = SMALL_NETWORK_PEAK_LR if args.arch == "small" else PEAK_LR
         args.lr = rates[args.optimizer] * (args.batch_size / 256) ** power
     if args.out is None:
         args.out = Path("runs", f"swav-{Path(args.data).absolute().name}".removesuffix(".npz"))
@@ -670,17 +683,26 @@ def build_recipes(args: argparse.Namespace) -> list[tuple[int, list]]:
     Raises:
         SystemExit: if --crops, --crop-sizes and --crop-scales do not fit together.
     """
-    least, largest = args.crop_scales[::2], args.crop_scales[1::2]
-    count = len(args.crops)
-    matches = count == len(args.crop_sizes) and count <= len(largest) and args.crops[0] >= 2
-    if not matches or any(low > high for low, high in zip(least, largest, strict=False)):
+    resolutions = len(args.crops)
+    if args.crops[0] < 2:
+        common.fail("--crops must begin with 2 or more, because the first two crops get codes")
+    if len(args.crop_sizes) != resolutions:
         common.fail(
-            "--crops, --crop-sizes and --crop-scales must have for each resolution a number of "
-            "crops (2 or more of the first), a side, and the least and largest share of the area"
+            f"--crop-sizes needs one number for each of the {resolutions} resolutions of --crops, "
+            f"but has {len(args.crop_sizes)}"
+        )
+    # More numbers than needed are allowed, because presets have them for small crops, too.
+    if len(args.crop_scales) < 2 * resolutions or len(args.crop_scales) % 2 == 1:
+        common.fail(
+            f"--crop-scales needs two numbers, the least and the largest area, for each of the "
+            f"{resolutions} resolutions of --crops, but has {len(args.crop_scales)}"
         )
     recipes = []
     for i, crops in enumerate(args.crops):
-        scale = (least[i], largest[i])
+        least, largest = args.crop_scales[2 * i : 2 * i + 2]
+        if least > largest:
+            common.fail(f"--crop-scales {least} {largest}: the smaller area comes first")
+        scale = (least, largest)
         operations = augmentation(args.augment, args.crop_sizes[i], scale, args.color_strength)
         recipes.append((crops, operations))
     return recipes
@@ -691,6 +713,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     args = parse_arguments(argv)
     torch.backends.cudnn.benchmark = True
     accelerator = common.start_accelerator(args.log_with, args.out)
+    common.check_agreement(vars(args))
     device, processes = accelerator.device, accelerator.num_processes
 
     # Data: images to train on, without labels. Labeled training images (the bank) and test images
@@ -702,7 +725,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     # The flags again, with the defaults for these images.
     args, defaults = parse_arguments_for(images, argv)
     accelerator.print(common.describe_preset(args.preset, defaults))
-    size = args.crop_sizes[0]
+    large_size = args.crop_sizes[0]
     recipes = build_recipes(args)
     common.check_batch_size(args.batch_size, len(images), processes)
     epoch_steps = len(images) // args.batch_size
@@ -712,15 +735,19 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         warmup_steps = min(round(args.warmup_epochs * epoch_steps), total_steps - 1)
     epochs = math.ceil(total_steps / epoch_steps)
 
-    # From these steps on the prototypes learn, the queue is filled, and the full queue is used.
-    freeze_steps = round(args.freeze_prototypes * epoch_steps)
-    fill_step = round(args.queue_start * epoch_steps)
-    full_step = fill_step + math.ceil(args.queue_size / args.batch_size)
-    assigned = args.batch_size + (args.queue_size if full_step < total_steps else 0)
-    if assigned < args.prototypes:
+    # The steps from which the prototypes are trained, the queue is filled, and the full queue is
+    # used.
+    unfreeze_step = round(args.freeze_prototypes * epoch_steps)
+    queue_start_step = round(args.queue_start * epoch_steps)
+    queue_full_step = queue_start_step + math.ceil(args.queue_size / args.batch_size)
+    images_with_codes = args.batch_size
+    if queue_full_step < total_steps:
+        images_with_codes += args.queue_size
+    if images_with_codes < args.prototypes:
         accelerator.print(
-            f"warning: {args.batch_size} images per step, and the queue, are too few to share "
-            f"{args.prototypes} prototypes: use fewer --prototypes or a larger --batch-size"
+            f"warning: codes are computed from {images_with_codes} images at a time, fewer than "
+            f"the {args.prototypes} prototypes: use fewer --prototypes, a larger --batch-size, or "
+            "a --queue-size that is full early in the run"
         )
 
     # Model: encoder, head and prototypes in one module, so that a step is one forward pass.
@@ -807,16 +834,16 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             # come first.
             own_z = z[:2].detach().transpose(0, 1).contiguous()
             Z = accelerator.gather(own_z).transpose(0, 1)  # [2, N, D]
-            full_queue = queue if args.queue_size and step >= full_step else None
+            full_queue = queue if args.queue_size and step >= queue_full_step else None
             codes, code_scores = assign_codes(Z, C, full_queue, args.epsilon)
-            if args.queue_size and step >= fill_step:
+            if args.queue_size and step >= queue_start_step:
                 enqueue(queue, Z, step)
             own_codes = codes.chunk(processes, dim=1)[accelerator.process_index]
             loss = swapped_prediction_loss(scores, own_codes, args.temperature)
 
             optimizer.zero_grad()
             accelerator.backward(loss)
-            if step < freeze_steps:
+            if step < unfreeze_step:
                 C.grad = None  # Unlike zeros, None also stops momentum and weight decay.
             optimizer.step()
 
@@ -856,14 +883,15 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         # Evaluate, report and save.
         if bank and ((epoch + 1) % args.eval_every == 0 or step == total_steps):
             features = nn.Sequential(normalize, encoder)
-            row["knn"] = common.knn_accuracy(features, bank, watched, size)
+            row["knn"] = common.knn_accuracy(features, bank, watched, large_size)
         rows.append(row)
         accelerator.print(common.format_row(row, CONSOLE_METRICS))
-        uses.zero_()
-        for problem in find_problems(rows, step > max(warmup_steps, freeze_steps)):
+        for problem in find_problems(rows, step > max(warmup_steps, unfreeze_step)):
             accelerator.print(f"warning: {problem}")
         accelerator.log(row, step=step)
-        losses, images.waited = [], 0.0
+        losses = []
+        images.waited = 0.0
+        uses.zero_()
         if accelerator.is_main_process:
             save_run(args.out, state())
         saved_at = time.monotonic()
@@ -873,12 +901,12 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         "method": "swav",
         "architecture": args.arch,
         "stem": args.stem,
-        "image_size": size,
+        "image_size": large_size,
         "mean": list(mean),
         "std": list(std),
         "data": args.data,
     }
-    save_prototypes(args.out / "prototypes.png", network, images, size, args.seed)
+    save_prototypes(args.out / "prototypes.png", network, images, large_size, args.seed)
     common.finish(args.out, encoder, about, bank, test, watched, args.seed, rows[-1])
     # Accelerate's end_training would also part the processes, for which it is too early while the
     # model is alive. `common.entry_point` does that.

@@ -439,7 +439,8 @@ if __name__ == "__main__":
     parser.add_argument("--probe", action="store_true", help="seconds of a linear probe")
     args = parser.parse_args()
     turns = args.turns
-    common.tune_cpu()
+    common.use_all_cores()
+    common.keep_freed_memory()
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     if args.probe:
         probe()

@@ -51,9 +51,9 @@ def test_bundled_images_are_the_first_thousand_of_each_class(shared, tmp_path):
     assert (common.Path(common.__file__).parent / "data/fashion-mini.npz").stat().st_size < 9e6
 
 
-def test_without_the_bundled_file_the_alternatives_are_named(monkeypatch, capsys, tmp_path):
+def test_without_the_bundled_file_it_is_named(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
-    fails(capsys, "fashion-mini", "fashion-mini.npz", "cifar10", "folder")
+    fails(capsys, "fashion-mini", tmp_path / "data" / "fashion-mini.npz", "restore it")
 
 
 def test_memory_that_a_step_freed_is_there_for_the_next(tmp_path):
@@ -61,7 +61,7 @@ def test_memory_that_a_step_freed_is_there_for_the_next(tmp_path):
         pytest.skip("it is glibc that would hand the memory back")
     program = """
 import resource, torch, common
-common.tune_cpu()
+common.keep_freed_memory()
 def faults():
     began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     _ = [torch.ones(10 * 2**20) for _ in range(6)]  # 40 MiB: glibc's own threshold ends at 32
@@ -200,14 +200,19 @@ def test_the_memory_limit_is_a_processs_share_of_the_machine(monkeypatch):
 
 @pytest.mark.parametrize("variable", ["ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"])
 def test_processes_that_a_launcher_started_share_the_cores(monkeypatch, variable):
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    torch.set_num_threads(1)  # what the launchers set
-    common.tune_cpu()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(6), raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # what the launchers set
+    torch.set_num_threads(1)
+    common.use_all_cores()
     assert torch.get_num_threads() == 1  # Without a launcher it is the user's choice.
     monkeypatch.setenv(variable, "no")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    common.tune_cpu()
+    common.use_all_cores()
     assert torch.get_num_threads() == 3
+    torch.set_num_threads(2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    common.use_all_cores()
+    assert torch.get_num_threads() == 2  # The user has asked the launcher for two.
 
 
 def test_stl10_pretrains_on_its_unlabelled_images(tmp_path, monkeypatch):

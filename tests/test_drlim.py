@@ -112,18 +112,18 @@ def test_nearest_are_the_nearest():
     slow = torch.stack([(bank - row).norm(dim=1).argsort()[:4] for row in x])
     assert torch.equal(find_nearest(x, bank, 4), slow)
     bank[3] = bank[5]  # equal rows are neighbours; a row is not its own
-    own = find_nearest(bank, bank, 4, is_bank=True)
+    own = find_nearest(bank, bank, 4, exclude_self=True)
     assert own[3, 0] == 5 and own[5, 0] == 3
     assert not (own == torch.arange(31)[:, None]).any()
 
 
 def test_chunks_do_not_change_who_is_nearest(monkeypatch):
     x = torch.rand(50, 3, dtype=torch.float64)
-    whole = find_nearest(x, x, 3, is_bank=True)
+    whole = find_nearest(x, x, 3, exclude_self=True)
     sizes, real = [], torch.cdist
     monkeypatch.setattr(torch, "cdist", lambda a, b: sizes.append(len(a)) or real(a, b))
     monkeypatch.setitem(drlim.__dict__, "max", lambda a, b: 7)
-    assert torch.equal(find_nearest(x, x, 3, is_bank=True), whole) and sizes == [7] * 7 + [1]
+    assert torch.equal(find_nearest(x, x, 3, exclude_self=True), whole) and sizes == [7] * 7 + [1]
 
 
 def pairs_of(edges, partners, labels=None, copies=1, ratio=2.0, seed=0):
@@ -135,7 +135,7 @@ def pairs_of(edges, partners, labels=None, copies=1, ratio=2.0, seed=0):
 def test_similar_pairs_are_the_edges_and_no_neighbour_is_ever_dissimilar():
     torch.manual_seed(0)
     x = torch.rand(12, 2)
-    partners = find_nearest(x, x, 3, is_bank=True)
+    partners = find_nearest(x, x, 3, exclude_self=True)
     known = {(n, int(m)) for n in range(12) for m in partners[n]}
     seen = set()
     for seed in range(60):
@@ -155,7 +155,7 @@ def test_similar_pairs_are_the_edges_and_no_neighbour_is_ever_dissimilar():
 def test_copies_of_an_image_and_of_its_neighbours_are_similar_in_all_shifts():
     torch.manual_seed(0)
     x = torch.rand(10, 2)
-    partners = torch.cat([find_nearest(x, x, 2, is_bank=True), torch.arange(10)[:, None]], 1)
+    partners = torch.cat([find_nearest(x, x, 2, exclude_self=True), torch.arange(10)[:, None]], 1)
     near, own = set(), set()
     for seed in range(200):
         edges = torch.randperm(30)[:8]
@@ -185,7 +185,7 @@ def test_labels_decide_where_they_are_the_graph_and_one_class_leaves_no_dissimil
 
 @pytest.mark.parametrize("ratio", [0.1, 1.0, 7.0])
 def test_pairs_are_drawn_in_the_stated_ratio(ratio):
-    partners = find_nearest(x := torch.rand(40, 2), x, 2, is_bank=True)
+    partners = find_nearest(x := torch.rand(40, 2), x, 2, exclude_self=True)
     _, pairs, Y = pairs_of(torch.arange(0, 80, 4), partners, ratio=ratio)
     assert Y.sum() == round(20 * ratio) and len(pairs) == 20 + Y.sum()
 

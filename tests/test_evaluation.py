@@ -179,6 +179,8 @@ def test_wilson_interval_vector():
     assert common.wilson_interval(84.2, 10000) == pytest.approx((83.47, 84.90), abs=0.01)
     assert common.wilson_interval(0, 20) == pytest.approx((0, 16.11), abs=0.01)
     assert common.wilson_interval(100, 20) == pytest.approx((83.89, 100), abs=0.01)
+    for n in range(1, 50):  # Rounding must not leave 0..100.
+        assert common.wilson_interval(0, n)[0] >= 0 and common.wilson_interval(100, n)[1] <= 100
 
 
 def test_a_wilson_interval_holds_the_true_accuracy_19_times_of_20():

@@ -63,7 +63,7 @@ def test_linear_is_the_probe_on_the_frozen_features(encoder, folder, capsys):
         expected.append(common.accuracy(logits, test.labels))
         run = results(encoder)[0]["runs"][seed]
         assert run["top-1"] == pytest.approx(expected[-1]) and run["top-5"] == 100
-        assert float(run["weight_decay"]) == pytest.approx(chosen["weight_decay"])
+        assert run["weight_decay"] == pytest.approx(chosen["weight_decay"])
     top = results(encoder)[0]["top-1"]
     assert top["mean"] == pytest.approx(np.mean(expected))
     assert top["std"] == pytest.approx(np.std(expected, ddof=1), abs=1e-4)
@@ -94,7 +94,8 @@ def test_what_leaves_nothing_to_chance_runs_once_and_says_so(
 ):
     name = str(encoder) if encoder_name == "own" else "random"
     argv = [name, "--protocol", "knn", "--seeds", "3", "--knn-k", "5", *labels]
-    main([*argv, "--data", str(folder), "--arch", "small", "--out", str(tmp_path)])
+    argv += ["--arch", "small"] if name == "random" else []
+    main([*argv, "--data", str(folder), "--out", str(tmp_path)])
     result = json.loads((tmp_path / "eval.json").read_text())[0]
     assert len(result["runs"]) == runs and ("std" in result["top-1"]) == (runs > 1)
     assert ("it runs once" in capsys.readouterr().out) == (runs == 1)
@@ -243,6 +244,13 @@ def test_an_encoder_that_changes_is_noticed(folder, tmp_path, monkeypatch):
         ["--lr", "nan"],
         ["--normalize", "mnist"],
         ["--features", "f.npz", "--protocol", "finetune"],
+        ["--knn-k", "3"],
+        ["--knn-temperature", "1", "--protocol", "linear-augmented"],
+        ["--recipe", "moco", "--protocol", "finetune"],
+        ["--epochs", "2"],
+        ["--lr", "1", "--protocol", "knn"],
+        ["--arch", "small"],
+        ["--stem", "3x3"],
     ],
     ids=lambda more: "".join(more),
 )
@@ -324,6 +332,29 @@ def test_linear_augmented_is_the_recipes_sgd_on_crops_and_flips(folder, name):
     assert (head.weight - w[0]).abs().max() > 0.01
 
 
+@pytest.mark.parametrize(
+    ("method", "recipe"),
+    [("moco", "moco"), ("swav", "swav"), ("supcon-out", "supcon"), ("drlim", "simclr")],
+)
+def test_the_recipe_is_that_of_the_encoders_method(encoder, folder, method, recipe):
+    net, _ = common.load_encoder(encoder)
+    about = {"architecture": "small", "stem": "3x3", "image_size": 12, "data": folder}
+    common.save_encoder(encoder, net, **about, method=method)
+    main([str(encoder), "--protocol", "linear-augmented", "--epochs", "1", "--lr", "0.1"])
+    assert results(encoder)[0]["how"].startswith(f"linear-augmented, {recipe},")
+
+
+def test_the_record_says_what_was_evaluated_and_how(encoder, folder, tmp_path):
+    main([str(encoder), "--seeds", "2", "--labels", "0.5"])
+    kept = results(encoder)[0]
+    assert kept["settings"]["architecture"] == "small" and kept["settings"]["seeds"] == 2
+    assert kept["how"] == "linear, 50 % of the labels" and "knn_k" not in kept["settings"]
+    main(["random", "--data", str(folder), "--protocol", "knn", "--out", str(tmp_path)])
+    (kept,) = json.loads((tmp_path / "eval.json").read_text())
+    used = [kept["settings"][name] for name in ("architecture", "stem", "seeds", "knn_k")]
+    assert used == ["resnet18", "3x3", 3, 20]
+
+
 def test_recipes_are_the_papers():
     assert {k: v[:5] for k, v in RECIPES.items()} == {
         "moco": (30, 256, 100, 0, False),
@@ -348,7 +379,9 @@ def test_finetuning_trains_every_weight_and_leaves_the_pretrained_ones(encoder, 
     main([*argv, "--seeds", "2", "--batch-size", "6"])  # it would notice a changed encoder
     result = results(encoder)[-1]
     assert [run["seed"] for run in result["runs"]] == [0, 1]
-    assert result["how"] == "finetune, rate 0.1, 3 epochs of 6, 4 labels a class"
+    assert (
+        result["how"] == "finetune, learning rate 0.1, batch size 6, 3 epochs, 4 labels per class"
+    )
 
 
 def test_finetuning_learns(folder, tmp_path):
@@ -365,17 +398,20 @@ def test_finetuning_learns(folder, tmp_path):
 
 def test_rate_and_epochs_follow_batch_and_labels(encoder, capsys):
     for more, expected in [
-        (["finetune", "--labels", "3"], "finetune, rate 0.001758, 500 epochs of 9, 3 labels"),
-        (["finetune", "--limit", "40", "--epochs", "7"], "rate 0.007812, 7 epochs of 40,"),
+        (
+            ["finetune", "--labels", "3"],
+            "finetune, learning rate 0.001758, batch size 9, 500 epochs, 3 labels per class,",
+        ),
+        (["finetune", "--limit", "40", "--epochs", "7"], "0.007812, batch size 40, 7 epochs,"),
         (
             ["linear-augmented", "--recipe", "supcon", "--batch-size", "16", "--epochs", "1"],
-            "linear-augmented, supcon, rate 0.1562, 1 epochs of 16, all labels,",
+            "supcon, learning rate 0.1562, batch size 16, 1 epochs, all labels,",
         ),
         (
             ["linear-augmented", "--recipe", "moco", "--lr", "3", "--epochs", "2"],
-            "linear-augmented, moco, rate 3, 2 epochs of 48,",
+            "linear-augmented, moco, learning rate 3, batch size 48, 2 epochs,",
         ),
-        (["linear-augmented", "--epochs", "1"], "simclr, rate 0.01875, 1 epochs of 48,"),
+        (["linear-augmented", "--epochs", "1"], "simclr, learning rate 0.01875, batch size 48,"),
     ]:
         main([str(encoder), "--protocol", *more])
         assert expected in capsys.readouterr().out
@@ -403,9 +439,9 @@ def test_finetuning_is_as_long_as_simclrs_where_there_are_images(tmp_path, capsy
         "2",
     ]
     main([*argv, "--labels", "0.07"])  # 42 images, 21 steps an epoch
-    assert ", 30 epochs of 2, 0.07 labels a class" in capsys.readouterr().out
+    assert "batch size 2, 30 epochs, 7 % of the labels" in capsys.readouterr().out
     main([*argv, "--labels", "0.04"])  # 24 images
-    assert ", 60 epochs of 2," in capsys.readouterr().out
+    assert "batch size 2, 60 epochs, 4 % of the labels" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("protocol", ["finetune", "linear-augmented"])
@@ -634,7 +670,9 @@ def test_foreign_checkpoints_give_their_encoder(tmp_path, name):
     for key, value in net.state_dict().items():
         if "num_batches" not in key:
             torch.testing.assert_close(value, expected[key], **tolerance)
-    assert not about and f"resnet18, {'3x3' if name == 'SupContrast' else '7x7'} stem" in said
+    stem = "3x3" if name == "SupContrast" else "7x7"
+    assert about == {"architecture": "resnet18", "stem": stem}
+    assert f"resnet18, {stem} stem" in said
 
 
 def test_what_was_not_matched_is_said(tmp_path, capsys):
@@ -771,7 +809,7 @@ def test_files_without_an_encoder_are_refused_in_one_line(tmp_path, folder, caps
     assert not (tmp_path / "harm").exists()
     vit = {"patch_embed.proj.weight": torch.rand(8, 3, 4, 4), "cls_token": torch.rand(1, 1, 8)}
     assert "patch_embed.proj.weight" in error(vit)
-    assert "nothing" in error({}) and "nothing" in error([1, 2]) and "nothing" in error(None)
+    assert all("no tensors" in error(empty) for empty in ({}, [1, 2], None))
     assert "encoder.safetensors" in error({"model": named(OWN, "0."), "optimizer": {}, "rows": []})
     lacking = {k: v for k, v in OWN.items() if not k.startswith("layer4.1")}
     assert "layer4.1" in error(named(lacking, "module."))

@@ -194,7 +194,7 @@ def test_split_batch_norm_in_one_call_is_that_part_by_part():
     nn.init.normal_(split.weight), nn.init.normal_(split.bias)
     x, w = torch.randn(64, 6, 5, 5), torch.randn(64, 6, 5, 5)
     results = []
-    for normalize in (split.part_by_part, split.in_one_call):
+    for normalize in (split.normalize_each_part, split.normalize_as_channels):
         own_x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
         means, variances = torch.zeros(8, 6), torch.ones(8, 6)
         split.zero_grad()
@@ -294,9 +294,11 @@ def test_a_run_takes_the_default_groups_and_queue(few, tmp_path):
 
 def test_a_queue_of_more_than_half_the_images_is_warned_of(few, tmp_path, capsys):
     run("moco", few, tmp_path / "a", "--queue-size 14 --max-steps 1")
-    assert "--queue-size 14 is above half of the 27 images" in capsys.readouterr().out
+    assert "keys of more than half of the 27 images" in capsys.readouterr().out
     run("moco", few, tmp_path / "b", "--queue-size 13 --max-steps 1")
-    assert "above half" not in capsys.readouterr().out
+    assert "more than half" not in capsys.readouterr().out
+    run("moco", few, tmp_path / "c", "--queue-size 26 --symmetric --max-steps 1")  # two keys each
+    assert "more than half" not in capsys.readouterr().out
 
 
 def test_a_new_queue_holds_random_unit_vectors():

@@ -303,6 +303,8 @@ def test_a_run_within_its_own_folder_does_not_train_on_its_pictures(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     run("simclr", Path(), Path("runs/a"), "--max-steps 1")
     assert Path("runs/a/views.png").exists() and len(load(".")[0]) == 8
+    Path("config.json").write_text("{}")  # of another program: the images beside it count
+    assert len(load(".")[0]) == 8
 
 
 def test_links_and_odd_names_are_images_too(tmp_path):

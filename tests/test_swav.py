@@ -448,15 +448,15 @@ def test_prototypes_png_shows_the_images_nearest_to_some(few, tmp_path, monkeypa
 def test_too_many_prototypes_are_warned_of_at_the_start(few, tmp_path, capsys, more, warned):
     run(few, tmp_path / "run", more)
     printed = capsys.readouterr().out
-    assert printed.splitlines()[1].startswith("warning: 4 images per step") == warned
-    assert ("too few to share" in printed) == warned
+    assert printed.splitlines()[1].startswith("warning: codes are computed from") == warned
+    assert ("fewer than the" in printed) == warned
 
 
 def test_collapse_is_warned_of_with_what_to_change(few, tmp_path, capsys, flat_encoder):
     more = "--epochs 6 --lr 1e-9 --head-layers 1 --init"
     rows = metrics(run(few, tmp_path / "flat", more, flat_encoder))
     printed = capsys.readouterr().out
-    assert "the codes collapse" in printed and "--epsilon" in printed
+    assert "the embeddings collapse" in printed and "--epsilon" in printed
     assert rows[-1]["spread"] < 0.1 and rows[-1]["entropy"] < 0.1
 
     more = "--epochs 6 --optimizer adamw --lr 0.003 --augment crop --batch-size 8 --crops 2"
@@ -478,7 +478,7 @@ def test_a_loss_that_stays_at_chance_is_warned_of_not_one_that_passes_it(
 
     monkeypatch.setattr(swav, "swapped_prediction_loss", given)
     run(few, tmp_path / "run", "--crops", 2, "--lr", 1e-9)
-    assert ("the codes collapse" in capsys.readouterr().out) == warned
+    assert ("the loss stays at chance" in capsys.readouterr().out) == warned
 
 
 def test_the_papers_preset_has_its_settings_for_batches_of_256():
