@@ -496,6 +496,15 @@ def test_the_tiny_flags_are_of_a_run_that_is_not_refused(few, tmp_path):
         assert checkpoint(run(method, few, tmp_path / method, "--max-steps 1"))["step"] == 1
 
 
+def test_mapped_classes_without_images_are_refused_in_one_line(tmp_path, capsys):
+    data = tmp_path / "set.npz"
+    np.savez(data, **ARRAYS | {"test_labels": LABELS % 2})  # no test image of class 2
+    argv = arguments("drlim", data, tmp_path / "run", "--classes 2")
+    assert "--classes" in refused(capsys, drlim.main, argv)
+    argv = arguments("drlim", data, tmp_path / "run", "--classes 1 --limit 1")
+    assert "--limit" in refused(capsys, drlim.main, argv)
+
+
 def test_too_few_held_out_images_of_the_mapped_classes_are_refused(few, tmp_path, capsys):
     argv = arguments("drlim", few, tmp_path / "run", "--classes along --holdout 1")
     assert "--holdout" in refused(capsys, drlim.main, argv)

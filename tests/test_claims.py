@@ -69,7 +69,7 @@ def test_kept_results_are_from_the_command_of_a_claim(kept):
     assert last["epoch"] == expected["epochs"]
 
 
-@pytest.mark.parametrize("method", ["moco", "swav"])
+@pytest.mark.parametrize("method", ["simclr", "moco", "swav", "supcon"])
 def test_the_first_table_of_the_readme_is_what_the_results_say(method):
     runs = claims.read_runs(f"{method}.py")
     assert len(runs) == 3
