@@ -79,6 +79,23 @@ def test_the_first_table_of_the_readme_is_what_the_results_say(method):
     assert row.endswith(f"| {' | '.join(cells)} |")
 
 
+@pytest.mark.parametrize(
+    ("label", "method", "number"),
+    [
+        ("the encoder of `simclr.py`, untrained", "simclr", 1),
+        ("the encoder of `moco.py`, untrained", "moco", 1),
+        ("raw pixels", "simclr", 2),
+    ],
+)
+def test_the_untrained_rows_of_that_table_are_what_the_results_say(label, method, number):
+    rows = []
+    for path in sorted((claims.RESULTS / method).glob("seed-*/results.json")):
+        rows.append(json.loads(path.read_text())[number])
+    means = [[row[measure]["mean"] for row in rows] for measure in MEASURES]
+    cells = [claims.format_mean(values) for values in means]
+    assert f"| {label} | | | {' | '.join(cells)} |" in (ROOT / "README.md").read_text().splitlines()
+
+
 def test_the_tables_are_what_the_results_say():
     assert (claims.RESULTS / "README.md").read_text() == claims.all_tables()
     readme = (ROOT / "README.md").read_text().splitlines()
