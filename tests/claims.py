@@ -102,11 +102,13 @@ CLAIMS = {
         "Crop and color are the best pair of operations (SimCLR, Fig. 5).",
         "simclr.py --epochs 12",
         each("--augment", "crop", "color", "crop blur", "color blur", "crop color"),
+        finding="Yes. On these gray images, they are also the default.",
     ),
     "simclr-batch": Claim(
         "Larger batches (256 by default) help short training (SimCLR, Fig. 9).",
         "simclr.py --epochs 12",
         each("--batch-size", 64, "", 1024),
+        finding="No, the opposite. At equal epochs, a smaller batch makes more steps.",
     ),
     "moco-queue": Claim(
         "More negatives (1,024 by default) help at a fixed batch size (MoCo, Fig. 3).",
