@@ -121,8 +121,8 @@ CLAIMS = {
         "(MoCo, section 4.1).",
         "moco.py --epochs 18",
         each("--key-momentum", 0, 0.9, "", 0.999),
-        finding="In part: 0.99 and 0.999 work, but with 0 and 0.9, kNN is below that of the untrained "
-        "network.",
+        finding="In part: 0.99 and 0.999 work, but with 0 and 0.9, kNN is below that of the "
+        "untrained network.",
     ),
     "moco-batch-norm": Claim(
         "With batch norm over the whole batch instead of 8 groups, the pretext task gets easier "
