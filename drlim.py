@@ -231,8 +231,8 @@ def build_graph(kind: str, samples: Samples, neighbors: int, copies: int, seed: 
         features = samples.x[::similar_copies].flatten(1)
     if neighbors > available:
         common.fail(
-            f"--neighbours {neighbors} is too many: with these images, at most {max(0, available)} "
-            "are possible; use fewer, or more images"
+            f"--neighbours {neighbors} is too many: with --graph {kind} and these images, at most "
+            f"{max(0, available)} are possible; use fewer, or more images"
         )
 
     partners = find_nearest(features, features, neighbors, exclude_self=True).cpu()

@@ -524,7 +524,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--epsilon",
         type=common.positive_float,
         default=0.05,
-        help="weight of the entropy in Eq. 3; a smaller one gives harder codes",
+        help="weight of the entropy in the codes; a smaller one gives harder codes",
     )
     add(
         "--queue-size",

@@ -286,7 +286,7 @@ def test_without_flags_batch_warm_up_and_head_follow_the_images_and_the_encoder(
 @pytest.mark.parametrize("method", METHODS[:-1])
 def test_the_batch_size_of_a_preset_wins_over_the_rule(method, few, tmp_path, capsys):
     words = ["--data", few, "--preset", "paper", "--out", tmp_path / "run"]
-    assert "--batch-size 256 is too large" in refused(capsys, sys.modules[method].main, words)
+    assert "--batch-size 256 is more than" in refused(capsys, sys.modules[method].main, words)
 
 
 @pytest.mark.parametrize("module", [moco, swav, supcon], ids=["moco", "swav", "supcon"])
@@ -305,7 +305,7 @@ def test_help_shows_presets_and_defaults(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "the bundled images (--preset fashion-mini): --batch-size 256 --arch small" in text
     assert "(--preset paper): --batch-size 256 --color-strength 1.0 --temperature 0.1" in text
-    assert "fewer in sets below 16,384 (default: 256)" in text
+    assert "of fewer than 16,384 images (default: 256)" in text
     assert "random seed of weights and views (default: 0)" in text
     assert "(default: None)" not in text and "(default: False)" not in text
 
