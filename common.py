@@ -319,9 +319,9 @@ def available_cores() -> int:
 def use_all_cores() -> None:
     """Divide the cores among the processes of a launcher, unless the user has set the threads.
 
-    The launchers set these variables. They give every process a single thread, unless the user asks
-    for another number.
+    Launchers give every process a single thread, unless the user asks for another number.
     """
+    # These variables are set by accelerate launch and by torchrun.
     is_launched = bool({"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & set(os.environ))
     if is_launched and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         torch.set_num_threads(max(1, available_cores() // local_processes()))

@@ -545,7 +545,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             flag = name.replace("_", "-")
             common.fail(f"--{flag} has no effect with --protocol {args.protocol}: leave it out")
     if args.encoder != "random" and (args.arch or args.stem):
-        common.fail("--arch and --stem are only for random: leave them out, the file tells them")
+        common.fail("--arch and --stem are only for random: leave them out, the file says them")
     if args.features and (args.features.exists() or not args.features.parent.is_dir()):
         common.fail(f"--features {args.features} must be a new file in an existing folder")
     if args.protocol == "knn":
@@ -700,7 +700,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
                 h_test = common.extract_features(network, test, size, images_at_once)
 
         y = bank.labels[labeled]
-        chosen = {}  # by the probe
+        chosen = {}  # what the probe has chosen
         if on_features:
             x = h[labeled.to(device)]
         if args.protocol == "knn":

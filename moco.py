@@ -540,7 +540,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--augment",
         nargs="+",
         choices=OPERATIONS["v2"],
-        help="operations, in the order given, but crop, which includes flips, always first "
+        help="operations, in the order given, except that crop, with its flips, comes first "
         "(default: the version's, but blur only above 64 pixels)",
     )
     add(

@@ -496,6 +496,17 @@ def test_the_tiny_flags_are_of_a_run_that_is_not_refused(few, tmp_path):
         assert checkpoint(run(method, few, tmp_path / method, "--max-steps 1"))["step"] == 1
 
 
+def test_a_lack_of_memory_is_not_blamed_on_the_file(monkeypatch, tmp_path):
+    def full(*arguments, **more):
+        raise MemoryError
+
+    monkeypatch.setattr(common.Image, "open", full)
+    monkeypatch.setattr(torch, "load", full)
+    for read in (common.read_image, common.read_checkpoint):
+        with pytest.raises(MemoryError):
+            read(tmp_path / "file")
+
+
 def test_mapped_classes_without_images_are_refused_in_one_line(tmp_path, capsys):
     data = tmp_path / "set.npz"
     np.savez(data, **ARRAYS | {"test_labels": LABELS % 2})  # no test image of class 2
