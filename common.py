@@ -148,7 +148,8 @@ def explain(error: BaseException, advice: str) -> SystemExit | None:
         return SystemExit(128 + signal.SIGINT)
     if "DataLoader worker (pid" in str(error):  # Torch raises it wherever the program is.
         report(
-            "a data-loading process was killed, probably out of memory: use fewer --workers",
+            "a data-loading process was killed, probably out of memory: use fewer --workers, or, "
+            "in a container, more shared memory (docker run --shm-size 8g)",
             every_process=True,
         )
         return SystemExit(2)
@@ -1038,6 +1039,8 @@ def load_splits(
     images = load("unlabeled") if data == "stl10" else bank
     test = load("test")
     watched = load("held-out") if holdout else test
+    # Machines with different images would wait for each other forever in the first evaluation.
+    check_agreement({"training images": images.fingerprint, "test images": test.fingerprint})
     return images, bank, test, watched
 
 
@@ -1063,8 +1066,10 @@ def _load_split(
     # The source is an array of pixels [N, C, H, W] or an array of paths [N].
     part = "train" if split == "held-out" else split
     if data in SETS:
-        # One process per machine downloads, since machines need not share --root.
-        with PartialState().local_main_process_first():
+        # The first process of all downloads, and then, since machines need not share --root, the
+        # first one of each other machine.
+        state = PartialState()
+        with state.main_process_first(), state.local_main_process_first():
             source, labels, classes = _read_named_set(data, part, root)
     elif data.endswith(".npz"):
         source, labels, classes = _read_arrays(data, part)
@@ -1468,12 +1473,15 @@ def extract_features(encoder: nn.Module, images: ImageSet, size: int, batch: int
     encoder.eval()
     broadcast(list(encoder.buffers()))
     loaded = images.load(partial(center_plan, parts, size), range(len(parts)))
-    h = []
-    for _, (x,) in progress(loaded, "features", len(parts)):
+    h = None  # allocated once and filled, since the features of a large set take gigabytes
+    for i, (_, (x,)) in enumerate(progress(loaded, "features", len(parts))):
         x = x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
-        h.append(encoder(x).float())
+        part = encoder(x).float()
+        if h is None:
+            h = part.new_empty(share, part.shape[1])
+        h[i * batch :][: len(part)] = part
     encoder.train(training)
-    return gather(torch.cat(h))[: len(images)]  # without the last image's repetitions
+    return gather(h)[: len(images)]  # without the last image's repetitions
 
 
 # --------------------------------------------------------------------------------------
@@ -1533,8 +1541,10 @@ def principal_coordinates(x: Tensor, x_test: Tensor) -> tuple[Tensor, Tensor]:
     mean, deviation = x.mean(0), x.std(0)
     scale = torch.where(deviation > 1e-6 * deviation.max(), 1 / deviation, 0)
     x, x_test = (x - mean) * scale, (x_test - mean) * scale
-    # On the CPU, since not every device has this operation.
-    variance, axes = torch.linalg.eigh((x.T @ x / len(x)).cpu())
+    covariance = x.T @ x / len(x)
+    if not x.is_cuda:  # Apple's devices lack this operation. CUDA devices are fast at it.
+        covariance = covariance.cpu()
+    variance, axes = torch.linalg.eigh(covariance)
     axes = axes[:, variance > 1e-6 * variance.max()].to(x.device)
     return x @ axes, x_test @ axes
 

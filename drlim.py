@@ -310,6 +310,14 @@ def paper_network() -> nn.Module:
     return network
 
 
+class FloatLinear(nn.Linear):
+    """A linear layer in float32. With bfloat16, coordinates near the margin would be too coarse."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
 # --------------------------------------------------------------------------------------
 # Loss
 # --------------------------------------------------------------------------------------
@@ -763,7 +771,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         encoder, _ = common.load_encoder(args.init, architecture=args.arch, stem=args.stem)
     else:
         encoder = common.build_encoder(args.arch, args.stem)
-    network = nn.Sequential(encoder, nn.Linear(encoder.width, args.dim)).to(device)
+    network = nn.Sequential(encoder, FloatLinear(encoder.width, args.dim)).to(device)
     if processes > 1 and device.type == "cuda":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     optimizer = torch.optim.Adam(network.parameters(), args.lr, weight_decay=args.weight_decay)
@@ -818,7 +826,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             drawn = sample_pairs(graph, batch, args.ratio, rng)
             i, pairs, Y = (common.to_device_of(train.x, v) for v in drawn)
             own_rows = i.chunk(processes)[accelerator.process_index]
-            g = gather(model(train.x[own_rows]).float(), accelerator)
+            g = gather(model(train.x[own_rows]), accelerator)
             g1, g2 = g[pairs].unbind(1)
             loss = contrastive_loss(g1, g2, Y, args.margin)
 

@@ -353,7 +353,7 @@ def train(
         x, y = views[0].contiguous(memory_format=torch.channels_last), images.labels[index]
         with torch.no_grad(), accelerator.autocast():
             x = fixed(x).float()
-        y = y.to(device)
+        y = common.to_device_of(x, y)
         if not is_shared:  # Every process then makes the same step.
             x, y = accelerator.gather((x, y))
         with accelerator.autocast():
@@ -568,9 +568,15 @@ def input_statistics(
         choice: --normalize. Without it, they are what the encoder's file says.
         about: the metadata of the file.
         is_foreign: whether the encoder is another repository's. The default is ImageNet's then.
+
+    Raises:
+        SystemExit: if the file does not say them as JSON. The message is one line.
     """
     if choice is None and "mean" in about:
-        return json.loads(about["mean"]), json.loads(about["std"])
+        try:
+            return json.loads(about["mean"]), json.loads(about["std"])
+        except (KeyError, ValueError):
+            common.fail("the encoder's file gives no mean and std as JSON: use --normalize")
     mean, std = common.STATISTICS[choice or ("imagenet" if is_foreign else "none")]
     return list(mean), list(std)
 
@@ -627,14 +633,16 @@ def check_unchanged(encoder: nn.Module, before: dict[str, Tensor]) -> None:
 def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     """Evaluate an encoder, print the table and add the result to eval.json."""
     args = parse_arguments(argv)
+    torch.backends.cudnn.benchmark = True
     accelerator = common.start_accelerator()
+    common.check_agreement(vars(args))
     device, processes = accelerator.device, accelerator.num_processes
 
     # Encoder: one of these scripts, another repository's (with a note on what was used), or random.
     is_random = args.encoder == "random"
     about, note = {}, ""
     if not is_random:
-        encoder, about, note = open_encoder(args.encoder)
+        encoder, about, note = common.on_main_process(open_encoder, args.encoder)
     is_foreign = bool(note)
     if is_foreign and not args.data:
         common.fail(f"--data is needed: {args.encoder} does not say what it was trained on")
@@ -702,7 +710,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         y = bank.labels[labeled]
         chosen = {}  # what the probe has chosen
         if on_features:
-            x = h[labeled.to(device)]
+            x = h if args.labels is None else h[labeled.to(device)]
         if args.protocol == "knn":
             scores = common.knn_predict(x, y, h_test, args.knn_k, args.knn_temperature, classes)
         elif args.protocol == "linear":

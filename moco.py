@@ -197,10 +197,15 @@ class SplitBatchNorm(nn.BatchNorm2d):
         return torch.cat(parts)
 
     def normalize_as_channels(self, x: Tensor, means: Tensor, variances: Tensor) -> Tensor:
-        """Normalize all parts at once, side by side as channels of their own."""
-        x = x.unflatten(0, (self.splits, -1)).transpose(0, 1).flatten(1, 2)  # [n, splits * C, H, W]
+        """Normalize all parts at once, side by side as channels of their own.
+
+        The channels are the last dimension in memory. So that each rearrangement copies x only
+        once, they are the last dimension of the shapes, too.
+        """
+        x = x.permute(0, 2, 3, 1).unflatten(0, (self.splits, -1))  # [splits, n, H, W, C]
+        x = x.permute(1, 2, 3, 0, 4).flatten(3).permute(0, 3, 1, 2)  # [n, splits * C, H, W]
         x = F.batch_norm(
-            x.contiguous(memory_format=torch.channels_last),
+            x,
             means.view(-1),
             variances.view(-1),
             self.weight.repeat(self.splits),
@@ -209,8 +214,8 @@ class SplitBatchNorm(nn.BatchNorm2d):
             self.momentum,
             self.eps,
         )
-        x = x.unflatten(1, (self.splits, -1)).transpose(0, 1).flatten(0, 1)
-        return x.contiguous(memory_format=torch.channels_last)
+        x = x.permute(0, 2, 3, 1).unflatten(3, (self.splits, -1))  # [n, H, W, splits, C]
+        return x.permute(3, 0, 1, 2, 4).flatten(0, 1).permute(0, 3, 1, 2)
 
 
 def default_bn_splits(batch_size: int, processes: int) -> int:

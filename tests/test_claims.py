@@ -96,6 +96,36 @@ def test_the_untrained_rows_of_that_table_are_what_the_results_say(label, method
     assert f"| {label} | | | {' | '.join(cells)} |" in (ROOT / "README.md").read_text().splitlines()
 
 
+@pytest.mark.parametrize(
+    ("images", "start"),
+    [
+        ("mnist-epochs-3", "| MNIST, seed 0 |"),
+        ("photographs-epochs-30", "| 1,000 photographs, seed 0 |"),
+        ("cifar10-epochs-40", "| CIFAR-10, seed 0 |"),
+    ],
+)
+def test_the_table_of_other_images_is_what_the_results_say(images, start):
+    lines = (ROOT / "README.md").read_text().splitlines()
+    (row,) = (line for line in lines if line.startswith(start))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    folder = claims.RESULTS / "other-images"
+
+    for method, cell in zip(("simclr", "moco", "swav", "supcon"), (2, 4, 5, 6), strict=True):
+        kept = folder / f"{method}-{images}"
+        last = json.loads((kept / "metrics.jsonl").read_text().splitlines()[-1])
+        used = json.loads((kept / "config.json").read_text())["settings"]
+        assert cells[cell] == f"{last['knn']:.1f}"
+        assert (used["method"].split("-")[0], used["stem"], used["seed"]) == (method, "7x7", 0)
+        assert f"--epochs {last['epoch']}" in cells[1] and last["epoch"] == used["epochs"]
+        assert used["limit"] in (None, 10_000) and ("--limit" in cells[1]) == bool(used["limit"])
+
+    for normalize, cell in (("none", 3), ("imagenet", 7)):
+        kept = folder / f"untrained-{images.split('-')[0]}-{normalize}"
+        runs = json.loads((kept / "eval.json").read_text())[-1]["runs"]
+        assert len(runs) == 3
+        assert cells[cell] == claims.format_mean([values["top-1"] for values in runs])
+
+
 def test_the_tables_are_what_the_results_say():
     assert (claims.RESULTS / "README.md").read_text() == claims.all_tables()
     readme = (ROOT / "README.md").read_text().splitlines()

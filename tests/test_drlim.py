@@ -15,6 +15,7 @@ from torch import nn
 import common
 import drlim
 from drlim import (
+    FloatLinear,
     Graph,
     Samples,
     build_graph,
@@ -434,6 +435,14 @@ def test_bfloat16_leaves_the_map_in_float32(few, tmp_path):
     with np.load(tmp_path / "run" / "map.npz") as file:
         g = torch.from_numpy(file["coordinates"])
     assert not torch.equal(g, g.bfloat16().float())
+
+
+def test_the_last_layer_is_exact_in_a_run_in_bfloat16():
+    torch.manual_seed(0)
+    layer, h = FloatLinear(8, 2), torch.randn(4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        g = layer(h.bfloat16())
+    assert torch.equal(g, layer(h.bfloat16().float()))
 
 
 @pytest.mark.slow

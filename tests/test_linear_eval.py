@@ -788,6 +788,14 @@ def test_inputs_are_normalized_as_the_file_of_the_encoder_says(tmp_path, folder)
         np.testing.assert_allclose(none["test"], first["test"], atol=1e-6)
 
 
+def test_a_file_with_an_unreadable_mean_is_refused_in_one_line(tmp_path, folder, capsys):
+    path = tmp_path / "encoder.safetensors"
+    about = {"architecture": "small", "stem": "3x3", "image_size": 12, "data": folder}
+    for more in ({"mean": "imagenet", "std": [1.0, 1.0, 1.0]}, {"mean": [0.0, 0.0, 0.0]}):
+        common.save_encoder(path, common.build_encoder("small"), **about, **more)
+        assert "--normalize" in refused(capsys, main, [path, "--protocol", "knn"])
+
+
 class RunsCode:
     def __reduce__(self):
         return os.mkdir, ("harm",)

@@ -1,5 +1,6 @@
 """Several real processes, each with its own part of every batch, do what one process does."""
 
+import importlib
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from conftest import (
     flatten,
     metrics,
     start,
+    write_folder,
 )
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -180,6 +183,12 @@ def disagree(folder, out, flag, *values):
     """Start a run for which each machine is given another value of a flag."""
     value = values[int(os.environ["GROUP_RANK"])]
     simclr.main(arguments("simclr", folder, out, "--batch-size 8", flag, value))
+
+
+def on_own_disk(script, folder, *argv):
+    """Run a script where each machine has a folder of its own."""
+    os.chdir(Path(folder, os.environ["GROUP_RANK"]))
+    importlib.import_module(script).main([*argv])
 
 
 def arguments_of_two(name, folder):
@@ -369,6 +378,43 @@ def test_machines_that_were_given_different_flags_are_refused(few, tmp_path, fla
     assert [process.exitcode for process in both.processes] == [2, 2]
     assert text.count(f"error: the machines do not agree on {named}: ") == 2
     assert not out.exists()
+
+
+@pytest.mark.parametrize("script", ["simclr", "drlim", "linear_eval"])
+def test_machines_with_different_images_are_refused(script, flat_encoder, tmp_path):
+    write_folder(tmp_path / "0" / "stripes", 9)
+    write_folder(tmp_path / "1" / "stripes", 8)
+    argv = [flat_encoder, "--data", "stripes"]
+    if script != "linear_eval":
+        argv = arguments(script, "stripes", tmp_path / "run", "--batch-size 8")
+    both = start(
+        "test_processes.on_own_disk",
+        *(script, tmp_path, *argv),
+        output=tmp_path / "text",
+        processes=2,
+        machines=2,
+    )
+    _, text = both.wait()
+    assert [process.exitcode for process in both.processes] == [2, 2], text
+    assert text.count("error: the machines do not agree on training images: ") == 2
+
+
+def test_only_the_first_machine_needs_the_encoder_to_evaluate(flat_encoder, tmp_path):
+    for machine in ("0", "1"):
+        write_folder(tmp_path / machine / "stripes", 9)
+    shutil.copy(flat_encoder, tmp_path / "0" / "encoder.safetensors")
+    argv = ["encoder.safetensors", "--data", "stripes", "--protocol", "linear-augmented"]
+    argv += ["--epochs", "1", "--batch-size", "8"]
+    both = start(
+        "test_processes.on_own_disk",
+        *("linear_eval", tmp_path, *argv),
+        output=tmp_path / "text",
+        processes=2,
+        machines=2,
+    )
+    _, text = both.wait()
+    assert [process.exitcode for process in both.processes] == [0, 0], text
+    assert (tmp_path / "0" / "eval.json").exists() and not (tmp_path / "1" / "eval.json").exists()
 
 
 def test_a_folder_that_the_first_process_refuses_ends_all_with_one_line(few, tmp_path):

@@ -21,7 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SETUP = """
 import sys
 import common
+from PIL import Image
 folder, file = sys.argv[1:]
+image = Image.new("L", (30, 40))
 """
 SCORE = """
 def features(network, split):
@@ -60,14 +62,16 @@ def test_the_transform_gives_the_inputs_of_the_encoder(size, tmp_path):
     about = {"architecture": "small", "stem": "3x3", "mean": mean, "std": std, "image_size": size}
     common.save_encoder(file, common.build_encoder("small"), **about)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    names = {"file": file, "json": json, "safetensors": safetensors, "torch": torch, "v2": v2}
-    exec(next(block for block in blocks if "v2.Compose" in block), names)
-
     coarse = torch.rand(3, 5, 6, generator=torch.Generator().manual_seed(0))
     image = v2.functional.to_pil_image(v2.functional.resize(coarse, [96, 120]))
+    names = {"file": file, "json": json, "safetensors": safetensors, "torch": torch, "v2": v2}
+    names |= {"image": image, "resnet": torch.nn.Flatten()}
+    exec(next(block for block in blocks if "v2.Compose" in block), names)
+
     pixels = v2.functional.pil_to_tensor(image)
     x = common.Normalize(mean, std)(common.CenterCrop(size)(pixels) / 255)
     torch.testing.assert_close(names["transform"](image), x, atol=0.15, rtol=0)
+    assert names["features"].shape == (1, 3 * size * size)
 
 
 def test_the_parts_work_in_a_loop_of_ones_own():
@@ -77,7 +81,7 @@ def test_the_parts_work_in_a_loop_of_ones_own():
     names["pixels"] = torch.randint(256, (300, 3, 40, 36), dtype=torch.uint8)
     names["network"] = torch.nn.Flatten()
     exec(code.replace("stop=1000", "stop=2"), names)
-    assert names["z1"].shape == (256, 3 * 32 * 32)
+    assert names["z1"].shape == (256, 3 * 32 * 32) and names["loss"].isfinite()
     assert names["x"].shape == (2, 256, 3, 32, 32) and names["index"].shape == (256,)
 
 
