@@ -461,7 +461,7 @@ def test_fours_and_nines_lie_apart_without_a_label(shared, tmp_path):
             "4",
             "9",
             "--per-class",
-            "2000",
+            "1000",
             "--epochs",
             "6",
             "--out",

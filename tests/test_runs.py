@@ -336,7 +336,7 @@ def test_a_run_that_was_stopped_before_its_table_only_makes_the_table(
 
 def test_ctrl_c_prints_one_line_and_the_same_command_continues(few, tmp_path):
     out = tmp_path / "run"
-    argv = arguments("simclr", few, out, "--epochs", 90, "--eval-every", 999)
+    argv = arguments("simclr", few, out, "--epochs", 40, "--eval-every", 999)
     process = command("simclr.py", *argv)
     while not (out / "checkpoint.pt").exists() and process.poll() is None:
         time.sleep(0.005)
@@ -345,10 +345,10 @@ def test_ctrl_c_prints_one_line_and_the_same_command_continues(few, tmp_path):
     assert code == 128 + signal.SIGINT
     assert "same command continues" in err and len(err.strip().splitlines()) == 1, err
     step = checkpoint(out)["step"]
-    assert 0 < step < 540 and not (out / "results.json").exists()
+    assert 0 < step < 240 and not (out / "results.json").exists()
     code, text, err = finish(command("simclr.py", *argv))
-    assert code == 0 and f"resuming after step {step} of 540" in text, err
-    assert checkpoint(out)["step"] == 540
+    assert code == 0 and f"resuming after step {step} of 240" in text, err
+    assert checkpoint(out)["step"] == 240
 
 
 def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(method, few, tmp_path):
@@ -397,9 +397,10 @@ EXTREMES = {
 
 @pytest.mark.parametrize("precision", [None, "bf16"])
 def test_a_run_stays_finite_at_extreme_settings(method, few, tmp_path, precision):
-    # Images without classes, or views above 64 pixels, save the evaluation at the end.
+    # Images without classes, or views above 64 pixels, save the evaluation at the end. In bfloat16,
+    # large views take longer than that on some CPUs.
     data = few if method in ("supcon", "drlim") else few / "train"
-    large = "--image-size 66" if method == "supcon" else ""
+    large = "--image-size 66" if method == "supcon" and not precision else ""
     for i, more in enumerate(EXTREMES[method]):
         out = tmp_path / str(i)
         argv = arguments(method, data, out, more, large, "--eval-every 9")
