@@ -1031,15 +1031,19 @@ def load_splits(
     if workers is None:
         workers = min(16, math.ceil(available_cores() / local_processes()))
     load = partial(_load_split, data, root, limit, holdout, device, workers, stream)
-    if not _has_splits(data):
+    # Machines with different images would wait for each other forever in the first evaluation.
+    has_splits = _has_splits(data)
+    check_agreement({"the folders of --data": has_splits})
+    if not has_splits:
         if holdout:
             PartialState().print("warning: without labels, --holdout has no effect")
-        return load("all"), None, None, None
+        images = load("all")
+        check_agreement({"training images": images.fingerprint})
+        return images, None, None, None
     bank = load("train")
     images = load("unlabeled") if data == "stl10" else bank
     test = load("test")
     watched = load("held-out") if holdout else test
-    # Machines with different images would wait for each other forever in the first evaluation.
     check_agreement({"training images": images.fingerprint, "test images": test.fingerprint})
     return images, bank, test, watched
 

@@ -427,11 +427,26 @@ def test_images_that_do_not_fit_in_memory_are_refused(few, tmp_path, capsys, mon
     assert "27 images do not fit" in error
 
 
+def save_map(path, *argv):
+    """Run drlim.py, and save the part of the map of which a step has computed the loss."""
+    real = drlim.contrastive_loss
+
+    def saving(g1, *others):
+        torch.save(g1.detach(), path)
+        return real(g1, *others)
+
+    drlim.contrastive_loss = saving
+    drlim.main(list(argv))
+
+
 def test_bfloat16_leaves_the_map_in_float32(few, tmp_path):
-    argv = arguments("drlim", few, tmp_path / "run")
+    argv = (tmp_path / "g", *arguments("drlim", few, tmp_path / "run"))
     bf16 = {"ACCELERATE_MIXED_PRECISION": "bf16"}
-    code, text = start("drlim", *argv, output=tmp_path / "text", environment=bf16).wait()
+    started = start("test_drlim.save_map", *argv, output=tmp_path / "text", environment=bf16)
+    code, text = started.wait()
     assert code == 0, text
+    in_training = torch.load(tmp_path / "g", weights_only=True)
+    assert not torch.equal(in_training, in_training.bfloat16().float())
     with np.load(tmp_path / "run" / "map.npz") as file:
         g = torch.from_numpy(file["coordinates"])
     assert not torch.equal(g, g.bfloat16().float())

@@ -35,6 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import common
 import drlim
+import linear_eval
 import moco
 import simclr
 import supcon
@@ -179,10 +180,13 @@ def part_cleanly(folder, out):
     assert not torch.distributed.is_initialized()
 
 
-def disagree(folder, out, flag, *values):
-    """Start a run for which each machine is given another value of a flag."""
+def disagree(script, folder, out, flag, *values):
+    """Start a run (or evaluate `out`), for which each machine is given another value of a flag."""
     value = values[int(os.environ["GROUP_RANK"])]
-    simclr.main(arguments("simclr", folder, out, "--batch-size 8", flag, value))
+    if script == "simclr":
+        simclr.main(arguments("simclr", folder, out, "--batch-size 8", flag, value))
+    else:
+        linear_eval.main([out, "--data", folder, flag, value])
 
 
 def on_own_disk(script, folder, *argv):
@@ -367,12 +371,18 @@ def test_ddp_does_not_outlive_the_process_group(few, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flag", "values", "named"),
-    [("--lr", ("0.1", "0.2"), "lr"), ("--limit", ("25", "24"), "limit")],
+    ("script", "flag", "values", "named"),
+    [
+        ("simclr", "--lr", ("0.1", "0.2"), "lr"),
+        ("simclr", "--limit", ("25", "24"), "limit"),
+        ("linear_eval", "--labels", ("1", "2"), "labels"),
+    ],
 )
-def test_machines_that_were_given_different_flags_are_refused(few, tmp_path, flag, values, named):
+def test_machines_that_were_given_different_flags_are_refused(
+    few, tmp_path, script, flag, values, named
+):
     out = tmp_path / "run"
-    argv = ("test_processes.disagree", few, out, flag, *values)
+    argv = ("test_processes.disagree", script, few, out, flag, *values)
     both = start(*argv, output=tmp_path / "text", processes=2, machines=2)
     _, text = both.wait()
     assert [process.exitcode for process in both.processes] == [2, 2]
@@ -380,13 +390,22 @@ def test_machines_that_were_given_different_flags_are_refused(few, tmp_path, fla
     assert not out.exists()
 
 
-@pytest.mark.parametrize("script", ["simclr", "drlim", "linear_eval"])
-def test_machines_with_different_images_are_refused(script, flat_encoder, tmp_path):
-    write_folder(tmp_path / "0" / "stripes", 9)
-    write_folder(tmp_path / "1" / "stripes", 8)
-    argv = [flat_encoder, "--data", "stripes"]
+@pytest.mark.parametrize(
+    ("script", "data", "counts", "named"),
+    [
+        ("linear_eval", "stripes", (8, 6), "training images"),
+        ("simclr", "stripes", (9, 5), "test images"),
+        ("drlim", "stripes/train", (8, 6), "training images"),
+    ],
+)
+def test_machines_with_different_images_are_refused(
+    script, data, counts, named, flat_encoder, tmp_path
+):
+    write_folder(tmp_path / "0" / "stripes", 9, 6)
+    write_folder(tmp_path / "1" / "stripes", *counts)
+    argv = [flat_encoder, "--data", data]
     if script != "linear_eval":
-        argv = arguments(script, "stripes", tmp_path / "run", "--batch-size 8")
+        argv = arguments(script, data, tmp_path / "run", "--batch-size 8")
     both = start(
         "test_processes.on_own_disk",
         *(script, tmp_path, *argv),
@@ -396,7 +415,7 @@ def test_machines_with_different_images_are_refused(script, flat_encoder, tmp_pa
     )
     _, text = both.wait()
     assert [process.exitcode for process in both.processes] == [2, 2], text
-    assert text.count("error: the machines do not agree on training images: ") == 2
+    assert text.count(f"error: the machines do not agree on {named}: ") == 2
 
 
 def test_only_the_first_machine_needs_the_encoder_to_evaluate(flat_encoder, tmp_path):

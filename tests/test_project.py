@@ -317,7 +317,8 @@ def test_flags_that_the_readme_names_exist():
     launchers |= {"--machine_rank", "--main_process_ip", "--main_process_port"}
     benchmark = {"--photographs", "--negatives", "--chunks", "--probe", "--only", "--turns"}
     benchmark |= {"--against", "--list"}  # and that of claims.py
-    slurm = {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--requeue"}
+    slurm = {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task"}
+    slurm |= {"--requeue", "--kill-on-bad-exit"}
     known = launchers | benchmark | slurm
     for module in MODULES:
         for action in actions(module):
