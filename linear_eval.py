@@ -545,7 +545,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             flag = name.replace("_", "-")
             common.fail(f"--{flag} has no effect with --protocol {args.protocol}: leave it out")
     if args.encoder != "random" and (args.arch or args.stem):
-        common.fail("--arch and --stem are only for random: leave them out, the file says them")
+        common.fail("--arch and --stem are only for random: leave them out, a file names its own")
     if args.features and (args.features.exists() or not args.features.parent.is_dir()):
         common.fail(f"--features {args.features} must be a new file in an existing folder")
     if args.protocol == "knn":
@@ -570,7 +570,7 @@ def input_statistics(
         is_foreign: whether the encoder is another repository's. The default is ImageNet's then.
 
     Raises:
-        SystemExit: if the file does not say them as JSON. The message is one line.
+        SystemExit: if the file's mean and standard deviation are not JSON. The message is one line.
     """
     if choice is None and "mean" in about:
         try:
