@@ -56,11 +56,11 @@ SETS = {
     "cifar100": "CIFAR100",
     "stl10": "STL10",
 }
-# A network for very small images, and all ResNets of torchvision, beginning with resnet18.
+# All ResNets of torchvision. Sorting by length puts resnet18 before resnext and wide_resnet.
 RESNETS = sorted(
     torchvision.models.list_models(torchvision.models, include=["resn*", "wide_resn*"]), key=len
 )
-ARCHITECTURES = ("small", *RESNETS)
+ARCHITECTURES = ("small", *RESNETS)  # small: five convolutions, for very small images
 # Mean and standard deviation of the three channels, with which an encoder's inputs are normalized.
 STATISTICS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -69,10 +69,13 @@ STATISTICS = {
 }
 # The weight decays that a linear probe tries, from the strongest to the weakest.
 PROBE_DECAYS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
-MEMORY_LIMIT = 8 * 2**30  # bytes of pixels of image files that may be kept on the device, at most
-# The pictures that the scripts write beside config.json or eval.json, which are no data.
-PICTURES = ("views.png", "prototypes.png", "map.png", "neighbours.png")
+MAX_IMAGE_BYTES = 8 * 2**30  # of the image files of a split that are kept on the device
+# The pictures that the scripts write beside config.json or eval.json. They are not training images.
+PICTURES = ("views.png", "prototypes.png", "map.png", "features.png", "neighbours.png")
 MAY_DIFFER = ("root", "workers", "out")  # flags that may differ between machines
+KNN_K = 20  # neighbors that vote in the evaluation, or all images if there are fewer
+KNN_TEMPERATURE = 0.07
+MAX_PIXEL_FEATURES = 2**30  # training images times the numbers in each that a probe may be given
 
 
 # --------------------------------------------------------------------------------------
@@ -113,7 +116,8 @@ def entry_point(advice: str) -> Iterator[None]:
     """Surround the main function of a script that is started from the command line.
 
     Ctrl-C ends the program with one line of advice instead of a traceback, and a lack of memory
-    with one line as well. At the end, the process group is shut down.
+    with one line as well. At the end, the process group is destroyed, except after a failure with
+    NCCL, which would wait for the other processes.
     """
     failure = None
     try:
@@ -122,14 +126,14 @@ def entry_point(advice: str) -> Iterator[None]:
         failure = explain(error, advice)
         if failure is None:
             raise
-        traceback.clear_frames(error.__traceback__)  # They hold on to DDP.
+        traceback.clear_frames(error.__traceback__)  # Their local variables refer to DDP.
 
-    # DDP holds on to the process group. When it outlives the group, some runs abort at their end.
+    # DDP refers to the process group. Some runs abort at their end if it outlives the group, so it
+    # is deleted first.
     gc.collect()
-    # After a failure the other processes may still be at work, and NCCL would wait for them.
-    distributed = torch.distributed
-    if distributed.is_initialized() and (failure is None or distributed.get_backend() == "gloo"):
-        distributed.destroy_process_group()
+    group_exists = torch.distributed.is_initialized()
+    if group_exists and (failure is None or torch.distributed.get_backend() == "gloo"):
+        torch.distributed.destroy_process_group()
     if failure:
         raise failure
 
@@ -146,7 +150,8 @@ def explain(error: BaseException, advice: str) -> SystemExit | None:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"\ninterrupted: {advice}", file=sys.stderr, flush=True)
         return SystemExit(128 + signal.SIGINT)
-    if "DataLoader worker (pid" in str(error):  # Torch raises it wherever the program is.
+    # Torch raises this error in a signal handler, so it can come from any line.
+    if "DataLoader worker (pid" in str(error):
         report(
             "a data-loading process was killed, probably out of memory: use fewer --workers, or, "
             "in a container, more shared memory (docker run --shm-size 8g)",
@@ -291,16 +296,17 @@ def refuse_other_modes() -> None:
 def check_number_of_processes(accelerator: Accelerator) -> None:
     """Refuse to run on fewer processes than the user asked for.
 
-    `accelerate launch --cpu --num_processes 2` silently starts a single process. The variables
-    that it sets give it away.
+    Without --multi_gpu, `accelerate launch --num_processes 2` silently starts a single process. It
+    sets the address at which several processes would meet, but not how many they are.
     """
     asked_for = int(os.environ.get("WORLD_SIZE", 1))
-    is_on_cpus = os.environ.get("ACCELERATE_USE_CPU") == "True"
-    if is_on_cpus and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+    is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if is_launched and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         asked_for = 2  # or more
     if asked_for > accelerator.num_processes:
         fail(
-            "several processes were asked for, but Accelerate started only one: on CPUs, use "
+            "several processes were asked for (or MASTER_ADDR is set), but only one was started: "
+            "on GPUs, use accelerate launch --multi_gpu; on CPUs, "
             "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N SCRIPT"
         )
 
@@ -318,9 +324,9 @@ def available_cores() -> int:
 
 
 def use_all_cores() -> None:
-    """Divide the cores among the processes of a launcher, unless the user has set the threads.
+    """Divide the cores among a launcher's processes, which it gives one thread each by default.
 
-    Launchers give every process a single thread, unless the user asks for another number.
+    A number of threads that the user has set is kept.
     """
     # These variables are set by accelerate launch and by torchrun.
     is_launched = bool({"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & set(os.environ))
@@ -334,11 +340,12 @@ def keep_freed_memory() -> None:
     By default glibc returns large blocks to the system when they are freed. Asking for them anew at
     every step costs a tenth of the time.
     """
-    m_trim_threshold, m_mmap_max = -1, -4
+    M_TRIM_THRESHOLD = -1  # from glibc's malloc.h
+    M_MMAP_MAX = -4
     with suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(m_trim_threshold, -1)
-        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # Never shrink the heap.
+        libc.mallopt(M_MMAP_MAX, 0)  # Take large blocks from the heap, too.
 
 
 def on_main_process(function: Callable[..., Any], *arguments: object) -> Any:
@@ -347,7 +354,8 @@ def on_main_process(function: Callable[..., Any], *arguments: object) -> Any:
     On several machines, perhaps only the main process can see the files of a run. If the function
     fails there, all processes end.
     """
-    result, code = None, None
+    result = None
+    code = None
     if PartialState().is_main_process:
         try:
             result = function(*arguments)
@@ -397,10 +405,10 @@ def number(kind: type, low: float, high: float, meaning: str) -> Callable[[str],
         try:
             value = kind(text)
         except ValueError:
-            value = math.nan  # which is not in the range
+            raise argparse.ArgumentTypeError(f"{text} is not {meaning}") from None
         if value > high:
             raise argparse.ArgumentTypeError(f"{text} is too large: it can be at most {high}")
-        if not value >= low:  # nor is NaN
+        if not value >= low:  # This is also true of NaN.
             raise argparse.ArgumentTypeError(f"{text} is not {meaning}")
         return value
 
@@ -419,13 +427,12 @@ fraction = number(float, 0, 1, "a number from 0 to 1")
 
 def add_data_arguments(parser: argparse.ArgumentParser, data: str | None = "fashion-mini") -> None:
     """Add the flags that say which images are used; `data` is the default of --data."""
+    data_help = f"{', '.join(SETS)}, a folder of images, or an .npz file of arrays"
+    if data is None:
+        data_help += " (default: what the encoder was trained on; fashion-mini for random)"
+
     add = parser.add_argument_group("data").add_argument
-    add(
-        "--data",
-        default=data,
-        help=f"{', '.join(SETS)}, a folder of images, or an .npz file of arrays"
-        + ("" if data else " (default: what the encoder was trained on; fashion-mini for random)"),
-    )
+    add("--data", default=data, help=data_help)
     add(
         "--root",
         default="data",
@@ -460,28 +467,28 @@ def add_preset_argument(parser: argparse.ArgumentParser, presets: dict[str, dict
     parser.epilog = "\n".join(describe_preset(name, presets[name]) for name in presets)
 
 
-def choose_preset(data: str, side: int, images: int) -> str:
+def choose_preset(data: str, side: int, num_images: int) -> str:
     """Name the preset for images of a kind.
 
     Args:
         data: the value of --data.
         side: of the views, in pixels.
-        images: how many there are to train on.
+        num_images: how many there are to train on.
     """
     if data == "fashion-mini":
         return data
     if side <= 64:
         return "small"
-    return "photos" if images <= 100_000 else "paper"
+    return "photos" if num_images <= 100_000 else "paper"
 
 
-def default_batch_size(images: int) -> int:
+def default_batch_size(num_images: int) -> int:
     """A power of two that leaves 64 to 127 steps in an epoch, but from 32 to 256.
 
     In a small set, larger batches would leave too few steps to learn from. Sets of fewer than 32
     images get the largest power of two that they can fill.
     """
-    largest = 2 ** (images.bit_length() - 1)  # the largest power of two up to the number of images
+    largest = 2 ** (num_images.bit_length() - 1)  # the largest power of two up to num_images
     return min(largest, max(32, min(256, largest // 64)))
 
 
@@ -553,7 +560,12 @@ class RandomResizedCrop(NamedTuple):
     flip: float = 0.5
 
     def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, ...]:
-        """scale and ratio [n, 10], top and left [n, 1], all uniform in 0..1, and flip [n], bool."""
+        """Draw the numbers that choose the boxes and flips of n images.
+
+        Returns:
+            scale and ratio [n, 10], for ten tries, and top and left [n, 1], all uniform in 0..1;
+            and flip [n], bool.
+        """
         uniform = torch.rand(n, 22, generator=rng)
         scale, ratio, top, left = uniform.split([10, 10, 1, 1], dim=1)
         flip = torch.rand(n, generator=rng) < self.flip
@@ -574,7 +586,7 @@ class RandomResizedCrop(NamedTuple):
         the box is the middle of the image, with the nearest allowed aspect ratio.
 
         Args:
-            scale, ratio, top, left: what `draw` gave.
+            scale, ratio, top, left: what `draw` gave: numbers in 0..1, not yet areas and pixels.
             height, width: of the images, one number or [n].
 
         Returns:
@@ -596,11 +608,11 @@ class RandomResizedCrop(NamedTuple):
         w = torch.where(found, w.gather(1, first), (height * nearest).round().minimum(width))
 
         # The product may be rounded up to one pixel too many: hence the minimum.
-        random_top = (top * (height - h + 1)).floor().minimum(height - h)
-        random_left = (left * (width - w + 1)).floor().minimum(width - w)
-        top = torch.where(found, random_top, (height - h) // 2)
-        left = torch.where(found, random_left, (width - w) // 2)
-        return torch.cat([top, left, h, w], dim=1).long()
+        random_y = (top * (height - h + 1)).floor().minimum(height - h)
+        random_x = (left * (width - w + 1)).floor().minimum(width - w)
+        y = torch.where(found, random_y, (height - h) // 2)
+        x = torch.where(found, random_x, (width - w) // 2)
+        return torch.cat([y, x, h, w], dim=1).long()
 
     def __call__(
         self, x: Tensor, scale: Tensor, ratio: Tensor, top: Tensor, left: Tensor, flip: Tensor
@@ -612,44 +624,55 @@ class RandomResizedCrop(NamedTuple):
 
         # Where the centers of the new pixels lie in the image: [B, size, 2].
         pixel = torch.arange(self.size, device=x.device)[:, None]
-        at = start + length / self.size * (pixel + 0.5)
+        centers = start + length / self.size * (pixel + 0.5)
         mirrored = flip[:, None, None] & torch.tensor([False, True])  # columns only
-        at = torch.where(to_device_of(x, mirrored), at.flip(1), at)
+        centers = torch.where(to_device_of(x, mirrored), centers.flip(1), centers)
 
         if max(H, W) <= self.size:
-            return self._enlarge(x, start, length, at)
+            return self._enlarge(x, start, length, centers)
         # Each image is copied as float32. That is done for 256 MiB at a time.
         at_once = max(1, 2**26 // x[0].numel())
-        split = [values.split(at_once) for values in (x, start, length, at)]
+        split = [values.split(at_once) for values in (x, start, length, centers)]
         parts = [self._shrink(*part) for part in zip(*split, strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _enlarge(self, x: Tensor, start: Tensor, length: Tensor, at: Tensor) -> Tensor:
-        """No crop is larger than the result: each new pixel is a mean of the four around it."""
-        rows, columns = at.clamp(start + 0.5, start + length - 0.5).unbind(2)
+    def _enlarge(self, x: Tensor, start: Tensor, length: Tensor, centers: Tensor) -> Tensor:
+        """Resize crops of which none is larger than the result.
+
+        Each new pixel is a weighted mean of the four old ones around its center.
+
+        Args:
+            x: [B, C, H, W].
+            start, length: [B, 1, 2], of the boxes' rows and columns.
+            centers: [B, size, 2], of the new rows and columns, in old pixels.
+        """
+        rows, columns = centers.clamp(start + 0.5, start + length - 0.5).unbind(2)
         vertical = rows * (2 / x.shape[2]) - 1  # grid_sample counts from -1 to 1
         horizontal = columns * (2 / x.shape[3]) - 1
         grid = torch.broadcast_tensors(horizontal[:, None, :], vertical[:, :, None])
         white = 255 if x.dtype == torch.uint8 else 1
         return F.grid_sample(x / white, torch.stack(grid, dim=3), align_corners=False)
 
-    def _shrink(self, x: Tensor, start: Tensor, length: Tensor, at: Tensor) -> Tensor:
-        """Each new pixel is a weighted mean of all that it covers: two matrix products."""
+    def _shrink(self, x: Tensor, start: Tensor, length: Tensor, centers: Tensor) -> Tensor:
+        """Resize crops of any sizes by two matrix products; see `_enlarge` for the arguments.
+
+        Each new pixel is a weighted mean of all old ones that it covers.
+        """
         H, W = x.shape[2:]
-        rows = self._filters(at[:, :, 0], start[:, :, 0], length[:, :, 0], H)
-        columns = self._filters(at[:, :, 1], start[:, :, 1], length[:, :, 1], W)
+        rows = self._filters(centers[:, :, 0], start[:, :, 0], length[:, :, 0], H)
+        columns = self._filters(centers[:, :, 1], start[:, :, 1], length[:, :, 1], W)
         white = 255 if x.dtype == torch.uint8 else 1
         x = x.transpose(1, 2).flatten(1, 2).float()  # [B, H * C, W]
         x = x @ (columns / white).mT
         x = rows @ x.view(len(x), H, -1)  # [B, size, C * size]
         return x.unflatten(2, (-1, self.size)).transpose(1, 2)
 
-    def _filters(self, at: Tensor, start: Tensor, length: Tensor, n: int) -> Tensor:
+    def _filters(self, centers: Tensor, start: Tensor, length: Tensor, n: int) -> Tensor:
         """Triangle filters [B, size, n] over the n old pixels of one axis; each row sums to 1."""
-        pixel = torch.arange(n, device=at.device)
+        pixel = torch.arange(n, device=centers.device)
         inside = (pixel >= start) & (pixel < start + length)
         radius = (length / self.size).clamp(min=1)[..., None]
-        weight = (pixel + 0.5 - at[..., None]).div_(radius).abs_()
+        weight = (pixel + 0.5 - centers[..., None]).div_(radius).abs_()
         # In place, -max(0, 1 - distance). The sign cancels when a row is divided by its sum.
         weight = weight.sub_(1).clamp_(max=0).mul_(inside[:, None])
         return weight.div_(weight.sum(2, keepdim=True))
@@ -900,7 +923,6 @@ class ImageFiles(ImageSet):
     workers: int
     classes: Sequence[str] = ()
     fingerprint: str = ""
-    waited: float = 0.0
 
     def first(self) -> Tensor:
         try:
@@ -928,7 +950,7 @@ class ImageFiles(ImageSet):
             began = time.monotonic()
             crops, error = next(reader)
             self.waited += time.monotonic() - began
-            stop_on_any(error, self.device)
+            fail_together(error, self.device)
             crops = [crop.to(self.device, non_blocking=on_gpu) for crop in crops]
             # Drawing the plan again is cheaper than sending it from the other process.
             yield plan_of(step), [crop.float().div_(255) for crop in crops]
@@ -944,7 +966,7 @@ class CropReader(Dataset):
     def __getitem__(self, step: int) -> tuple[list[Tensor], str]:
         plan = self.plan_of(step)
         n = len(plan.index)
-        crops = []
+        crops = []  # of each recipe; row v * n + i is view v of image i
         for view in plan.views:
             size = view.operations[0].size
             crops.append(torch.empty(view.count * n, 3, size, size, dtype=torch.uint8))
@@ -960,7 +982,7 @@ class CropReader(Dataset):
         return crops, ""
 
 
-def stop_on_any(error: str, device: torch.device) -> None:
+def fail_together(error: str, device: torch.device) -> None:
     """Fail if `error` is not empty, here or, on CPUs, on any process.
 
     On CPUs all processes stop together. On GPUs, asking the others would mean waiting for the
@@ -1022,8 +1044,9 @@ def load_splits(
 
     Returns:
         The images to pretrain on; the labeled training images, which are the same except for stl10;
-        the test images; and the images to watch during a run: those held out or, by default, the
-        test images. The last three are None where there are no classes.
+        the test images; and the validation images, on which a run is evaluated while it lasts:
+        those held out or, by default, the test images. The last three are None where there are no
+        classes.
 
     Raises:
         SystemExit: with one line, if there is no such data or a file cannot be read.
@@ -1043,9 +1066,9 @@ def load_splits(
     bank = load("train")
     images = load("unlabeled") if data == "stl10" else bank
     test = load("test")
-    watched = load("held-out") if holdout else test
+    validation = load("held-out") if holdout else test
     check_agreement({"training images": images.fingerprint, "test images": test.fingerprint})
-    return images, bank, test, watched
+    return images, bank, test, validation
 
 
 def _has_splits(data: str) -> bool:
@@ -1053,7 +1076,10 @@ def _has_splits(data: str) -> bool:
     if data.endswith(".npz"):
         with _open_arrays(data) as file:
             return any(name in file for name in ("train_labels", "test_images", "test_labels"))
-    return data in SETS or any(Path(data, name).is_dir() for name in ("train", "val", "test"))
+    try:
+        return data in SETS or any(Path(data, name).is_dir() for name in ("train", "val", "test"))
+    except OSError as error:
+        fail(f"--data {data} cannot be read ({error}): check its path and its permissions")
 
 
 def _load_split(
@@ -1067,62 +1093,77 @@ def _load_split(
     split: str,
 ) -> ImageSet:
     """One split of load_splits: "train", "held-out", "unlabeled", "test" or "all"."""
-    # The source is an array of pixels [N, C, H, W] or an array of paths [N].
     part = "train" if split == "held-out" else split
-    if data in SETS:
-        # The first process of all downloads, and then, since machines need not share --root, the
-        # first one of each other machine.
-        state = PartialState()
-        with state.main_process_first(), state.local_main_process_first():
-            source, labels, classes = _read_named_set(data, part, root)
-    elif data.endswith(".npz"):
-        source, labels, classes = _read_arrays(data, part)
-    else:
-        source, labels, classes = _list_folder(data, part)
-
+    source, labels, classes = _read_source(data, part, root)
     labels = torch.as_tensor(labels).long()
     chosen = choose_images(len(labels), split, limit, holdout)
     if chosen is not None:
-        source, labels = source[chosen.numpy()], labels[chosen]
-    fingerprint = f"{len(labels)} images"
+        source = source[chosen.numpy()]
+        labels = labels[chosen]
 
     if source.ndim == 4:
         # Images whose pixels lie apart in memory, as stl10's, take several times as long to select.
         source = np.ascontiguousarray(source)
-        if data not in SETS:
-            content = hashlib.sha256(source)
-            content.update(labels.numpy())
-            fingerprint += f" ({content.hexdigest()[:8]})"
         pixels = torch.as_tensor(source)
     else:
-        names = os.fsencode("\n".join(source))
-        fingerprint += f" ({hashlib.sha256(names).hexdigest()[:8]})"
         pixels = None if stream else _decode(source, workers, memory_limit())
+    fingerprint = _fingerprint(data, source, labels)
     if pixels is None:
         return ImageFiles(source, labels, device, workers, classes, fingerprint)
     return ImagesInMemory(pixels.to(device), labels, classes, fingerprint)
 
 
-def choose_images(images: int, split: str, limit: int | None, holdout: int | None) -> Tensor | None:
+def _read_source(
+    data: str, split: str, root: str
+) -> tuple[np.ndarray, Sequence[int], Sequence[str]]:
+    """An array of pixels [N, C, H, W] or of paths [N], with their labels and the class names."""
+    if data in SETS:
+        # The first process of all downloads, and then, since machines need not share --root, the
+        # first one of each other machine.
+        state = PartialState()
+        with state.main_process_first(), state.local_main_process_first():
+            return _read_named_set(data, split, root)
+    if data.endswith(".npz"):
+        return _read_arrays(data, split)
+    return _list_folder(data, split)
+
+
+def _fingerprint(data: str, source: np.ndarray, labels: Tensor) -> str:
+    """The number of images and, unless they are a named set, a hash of their pixels or paths."""
+    count = f"{len(labels)} images"
+    if data in SETS:
+        return count
+    if source.ndim == 4:
+        content = hashlib.sha256(source)
+        content.update(labels.numpy())
+    else:
+        content = hashlib.sha256(os.fsencode("\n".join(source)))
+    return f"{count} ({content.hexdigest()[:8]})"
+
+
+def choose_images(
+    num_images: int, split: str, limit: int | None, holdout: int | None
+) -> Tensor | None:
     """The indices of a split's images, or None if all are used in their own order.
 
     With --limit and --holdout, training images are taken from the start of a fixed shuffle, and
     those that are held out from its end.
 
     Args:
-        images: how many there are, of all training images or of the split.
-        split: see `load_splits`.
+        num_images: how many there are, of all training images or of the split.
+        split: see `_load_split`.
         limit, holdout: the values of the flags.
     """
-    shuffled = torch.randperm(images, generator=generator(0))
+    shuffled = torch.randperm(num_images, generator=generator(0))
     if split == "held-out":
         return shuffled[-holdout:]
     if split == "train" and holdout:
-        if holdout >= images:
+        if holdout >= num_images:
             fail(
-                f"--holdout {holdout} leaves none of the {images} training images: use a lower one"
+                f"--holdout {holdout} leaves none of the {num_images} training images: use a lower "
+                "one"
             )
-        return shuffled[: min(limit or images, images - holdout)]
+        return shuffled[: min(limit or num_images, num_images - holdout)]
     if limit and split != "test":
         return shuffled[:limit]
     return None
@@ -1139,11 +1180,15 @@ def _read_named_set(
             with np.load(bundled) as file:
                 return file[f"{split}_images"][:, None], file[f"{split}_labels"], kind.classes
         except Exception as error:  # A damaged file can raise almost any exception.
+            if memory_problem(error):  # The file is not to blame.
+                raise
             fail(f"the bundled {bundled} cannot be read ({error}): restore it from the repository")
 
     try:
         images = kind(root, split if name == "stl10" else split == "train", download=True)
     except Exception as error:  # The network or a damaged file can raise almost any exception.
+        if memory_problem(error):
+            raise
         fail(
             f"{name} was not found in --root {root} and could not be downloaded "
             f"({str(error) or repr(error):.300}): put its files there, or use another --data: "
@@ -1163,6 +1208,8 @@ def _open_arrays(path: str) -> Iterator[np.lib.npyio.NpzFile]:
         with np.load(path) as file:
             yield file
     except Exception as error:  # A damaged file can raise almost any exception.
+        if memory_problem(error):
+            raise
         fail(
             f"--data {path} cannot be read ({error}): make it with numpy.savez, of train_images "
             "alone, or of train_images, train_labels, test_images and test_labels"
@@ -1236,15 +1283,21 @@ def _list_folder(data: str, split: str) -> tuple[np.ndarray, Sequence[int], Sequ
 
 def _find_images(folder: str) -> list[str]:
     """All images below a folder, in order, except the pictures of runs."""
-    files, visited = [], set()
-    for path, folders, names in os.walk(folder, followlinks=True):
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            fail(f"--data {folder} cannot be read ({error}): check the permissions of its folders")
+
+    files = []
+    visited = set()
+    for path, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         folders.sort()  # The order of the file system may differ between machines.
         # A link to a folder above itself would be followed forever.
-        place = Path(path).resolve()
-        if place in visited:
+        real_path = Path(path).resolve()
+        if real_path in visited:
             folders.clear()
             continue
-        visited.add(place)
+        visited.add(real_path)
         if {"config.json", "eval.json"} & set(names):  # the folder of a run
             names = [name for name in names if name not in PICTURES]
         for name in names:
@@ -1259,7 +1312,7 @@ def memory_limit() -> int:
     It depends on what the machines have, not on what is free, so that a resumed run decides as it
     did before. It is the same on all processes. The memory limits of containers are not seen.
     """
-    limit = min(MEMORY_LIMIT, psutil.virtual_memory().total // (4 * local_processes()))
+    limit = min(MAX_IMAGE_BYTES, psutil.virtual_memory().total // (4 * local_processes()))
     device = PartialState().device
     if device.type == "cuda":
         limit = min(limit, torch.cuda.get_device_properties(device).total_memory // 4)
@@ -1288,36 +1341,41 @@ def _decode(paths: np.ndarray, workers: int, limit: int) -> Tensor | None:
         pool.shutdown(cancel_futures=True)
 
 
-@lru_cache(maxsize=2)  # this epoch's and the next one's, in which readers may already be
-def epoch_order(images: int, seed: int, epoch: int) -> Tensor:
-    """The order [images] in which an epoch goes through the images."""
-    return torch.randperm(images, generator=generator(seed, epoch))
+@lru_cache(maxsize=1)  # All steps of an epoch use it. Each process that reads has its own cache.
+def epoch_order(num_images: int, seed: int, epoch: int) -> Tensor:
+    """The order [num_images] in which an epoch goes through the images."""
+    return torch.randperm(num_images, generator=generator(seed, epoch))
 
 
 def draw_plan(
-    images: int, recipes: Recipes, batch_size: int, seed: int, rows: Tensor, step: int
+    num_images: int, recipes: Recipes, batch_size: int, seed: int, rows: Tensor, step: int
 ) -> StepPlan:
     """Draw what a step of training shows, as a function of the seed, the epoch and the step.
 
     Args:
-        images: how many there are.
+        num_images: how many there are to train on.
         recipes: pairs of a number of views and their operations.
         batch_size: images per step, over all processes.
+        seed: of everything that is drawn.
         rows: [B] the part of the batch that is wanted. The whole batch is drawn, so that the number
             of processes does not matter.
         step: counted from the start of the run.
+
+    Returns:
+        The plan for the images `rows` of the batch.
     """
-    epoch, i = divmod(step, images // batch_size)
+    epoch, i = divmod(step, num_images // batch_size)
     rng = generator(seed, epoch, i)
     views = []
     for count, operations in recipes:
         parameters = []
         for operation in operations:
+            # Row v * batch_size + i is of view v of image i.
             drawn = operation.draw(count * batch_size, rng)
             drawn = [values.unflatten(0, (count, batch_size))[:, rows] for values in drawn]
             parameters.append(tuple(values.flatten(0, 1) for values in drawn))
         views.append(ViewPlan(count, operations, parameters))
-    order = epoch_order(images, seed, epoch)
+    order = epoch_order(num_images, seed, epoch)
     return StepPlan(order[i * batch_size + rows], views)
 
 
@@ -1418,6 +1476,7 @@ def save_encoder(path: str | Path, encoder: nn.Module, **metadata: object) -> No
     weights = {
         name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()
     }
+    # The text of a list of numbers is also its JSON, as which readers parse mean and std.
     metadata = {name: str(value) for name, value in metadata.items()}
     try:
         with atomic_write(path) as file:
@@ -1430,7 +1489,15 @@ def save_encoder(path: str | Path, encoder: nn.Module, **metadata: object) -> No
 def load_encoder(
     path: str | Path, norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d, **expected: str
 ) -> tuple[nn.Module, dict[str, str]]:
-    """The encoder of a file of `save_encoder`, and its metadata.
+    """Load an encoder.
+
+    Args:
+        path: a file of `save_encoder`.
+        norm_layer: see `build_encoder`.
+        expected: metadata that the file must have, such as architecture="resnet18".
+
+    Returns:
+        The encoder, on the CPU, and its metadata.
 
     Raises:
         SystemExit: with one line, if it is no such file, or its metadata are not as expected.
@@ -1441,6 +1508,8 @@ def load_encoder(
         encoder = build_encoder(metadata["architecture"], metadata["stem"], norm_layer)
         encoder.load_state_dict(safetensors.torch.load_file(path))
     except Exception as error:  # A foreign file can raise almost any exception.
+        if memory_problem(error):
+            raise
         fail(
             f"{path} could not be loaded ({error!r:.200}): use an encoder.safetensors that one of "
             "these scripts has written"
@@ -1453,26 +1522,61 @@ def load_encoder(
     return encoder, metadata
 
 
+def load_initial_encoder(
+    path: str,
+    architecture: str,
+    stem: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+    norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+) -> nn.Module:
+    """The encoder of --init. A warning is printed if it was trained on inputs of another scale.
+
+    Args:
+        path: a file of `save_encoder`.
+        architecture, stem: the values of the flags, which must be those of the file.
+        mean, std: with which the inputs are normalized now.
+        norm_layer: see `build_encoder`.
+
+    Raises:
+        SystemExit: see `load_encoder`.
+    """
+    encoder, about = load_encoder(path, norm_layer, architecture=architecture, stem=stem)
+    mean = str(list(mean))
+    std = str(list(std))
+    if (about.get("mean", mean), about.get("std", std)) != (mean, std):
+        PartialState().print(
+            "warning: the encoder of --init was trained on inputs that were normalized with mean "
+            f"{about['mean']} and standard deviation {about['std']}, and this run uses {mean} and "
+            f"{std}: if the script has a --normalize that fits, use it"
+        )
+    return encoder
+
+
 @torch.no_grad()
-def extract_features(encoder: nn.Module, images: ImageSet, size: int, batch: int = 256) -> Tensor:
+def extract_features(
+    encoder: nn.Module, images: ImageSet, size: int, batch_size: int = 256
+) -> Tensor:
     """The features of the images' middle squares, by the encoder in eval mode.
 
     The work is shared by all processes, which all get the result. The encoder's running averages
-    are first set to those of the first process. On CPUs they differ since its last step.
+    are first set to those of the first process. DDP makes them equal only when a step begins, so on
+    CPUs they differ after it.
 
     Args:
         encoder: x [B, 3, size, size] -> h [B, D].
         images: N of them.
         size: their side in pixels.
-        batch: images in one forward pass.
+        batch_size: images in one forward pass.
 
     Returns:
         h [N, D], float32, on the device.
     """
-    state, training = PartialState(), encoder.training
+    state = PartialState()
+    was_training = encoder.training
     share = math.ceil(len(images) / state.num_processes)
     index = state.process_index * share + torch.arange(share)
-    parts = index.clamp(max=len(images) - 1).split(batch)
+    parts = index.clamp(max=len(images) - 1).split(batch_size)
 
     encoder.eval()
     broadcast(list(encoder.buffers()))
@@ -1483,8 +1587,9 @@ def extract_features(encoder: nn.Module, images: ImageSet, size: int, batch: int
         part = encoder(x).float()
         if h is None:
             h = part.new_empty(share, part.shape[1])
-        h[i * batch :][: len(part)] = part
-    encoder.train(training)
+        first = i * batch_size
+        h[first : first + len(part)] = part
+    encoder.train(was_training)
     return gather(h)[: len(images)]  # without the last image's repetitions
 
 
@@ -1570,15 +1675,15 @@ def train_probe(x: Tensor, y: Tensor, W: Tensor, weight_decay: float) -> Tensor:
     # units in which all axes are curved alike. Then it takes tens of steps instead of hundreds.
     curvature = x.square().mean(0)[:, None] / W.shape[1] + weight_decay
     unit = curvature.rsqrt()
-    V = (W / unit).requires_grad_()
+    V = (W / unit).requires_grad_()  # W in these units
     optimizer = torch.optim.LBFGS(
         [V], max_iter=30, tolerance_change=1e-7, line_search_fn="strong_wolfe"
     )
 
     def objective() -> Tensor:
         optimizer.zero_grad()
-        W = unit * V
-        loss = F.cross_entropy(x @ W, y) + 0.5 * weight_decay * W[:-1].square().sum()
+        weights = unit * V
+        loss = F.cross_entropy(x @ weights, y) + 0.5 * weight_decay * weights[:-1].square().sum()
         loss.backward()
         return loss
 
@@ -1605,19 +1710,19 @@ def probe_folds(y: Tensor, seed: int) -> list[tuple[Tensor, Tensor]]:
     return [(order[number != part], order[number == part]) for part in range(held_out_parts)]
 
 
-def choose_decay(x: Tensor, y: Tensor, classes: int, seed: int) -> tuple[float, float]:
+def choose_decay(x: Tensor, y: Tensor, num_classes: int, seed: int) -> tuple[float, float]:
     """Choose the weight decay of a probe by its loss on held-out images; see `probe_folds`.
 
     Args:
         x, y: as for `train_probe`.
-        classes: how many there are.
+        num_classes: C.
         seed: of the held-out images.
 
     Returns:
         The best of PROBE_DECAYS, and the accuracy on held-out images with it, in percent.
     """
     folds = probe_folds(y, seed)
-    weights = [x.new_zeros(x.shape[1], classes)] * len(folds)
+    weights = [x.new_zeros(x.shape[1], num_classes)] * len(folds)
 
     # Each decay starts from the weights of the stronger one before it. The loss falls at first.
     # When it has been above its minimum twice in a row, the weaker decays are not tried.
@@ -1637,14 +1742,14 @@ def choose_decay(x: Tensor, y: Tensor, classes: int, seed: int) -> tuple[float, 
 
 
 def linear_probe(
-    x: Tensor, y: Tensor, x_test: Tensor, classes: int, seed: int = 0
+    x: Tensor, y: Tensor, x_test: Tensor, num_classes: int, seed: int = 0
 ) -> tuple[Tensor, dict[str, float]]:
     """Logistic regression on fixed features, with the weight decay of `choose_decay`.
 
     Args:
         x, y: training features [N, D] and labels [N].
         x_test: test features [M, D].
-        classes: how many there are, C.
+        num_classes: C.
         seed: of the images that are held out to choose the decay.
 
     Returns:
@@ -1654,8 +1759,8 @@ def linear_probe(
     x, x_test = principal_coordinates(x, x_test)
     x, x_test = F.pad(x, (0, 1), value=1), F.pad(x_test, (0, 1), value=1)  # for the biases
 
-    decay, held_out = choose_decay(x, y, classes, seed)
-    W = train_probe(x, y, x.new_zeros(x.shape[1], classes), decay)
+    decay, held_out = choose_decay(x, y, num_classes, seed)
+    W = train_probe(x, y, x.new_zeros(x.shape[1], num_classes), decay)
     return x_test @ W, {"weight_decay": decay, "held-out": held_out}
 
 
@@ -1708,9 +1813,10 @@ def draw_per_class(labels: Tensor, n: float, rng: torch.Generator) -> Tensor:
 
 
 def knn_accuracy(encoder: nn.Module, bank: ImageSet, queries: ImageSet, size: int) -> float:
-    """kNN accuracy on labeled images, in percent (k = 20 or the whole bank, T = 0.07)."""
-    h, q = extract_features(encoder, bank, size), extract_features(encoder, queries, size)
-    scores = knn_predict(h, bank.labels, q, min(20, len(bank)), 0.07)
+    """kNN accuracy on labeled images, in percent, with KNN_K and KNN_TEMPERATURE."""
+    h = extract_features(encoder, bank, size)
+    q = extract_features(encoder, queries, size)
+    scores = knn_predict(h, bank.labels, q, min(KNN_K, len(bank)), KNN_TEMPERATURE)
     return accuracy(scores, queries.labels)
 
 
@@ -1726,14 +1832,14 @@ def score_features(
         seed: of the linear probe.
 
     Returns:
-        A summary for kNN with k = 20 or all images and T = 0.07, and one for the linear probe.
+        A summary for kNN, with KNN_K and KNN_TEMPERATURE, and one for the linear probe.
     """
-    classes = int(y.max()) + 1
+    num_classes = int(y.max()) + 1
     knn, linear = [], []
     for i in draws:
         h = x[i.to(x.device)]
-        votes = knn_predict(h, y[i], x_test, min(20, len(i)), 0.07, classes)
-        logits, _ = linear_probe(h, y[i], x_test, classes, seed)
+        votes = knn_predict(h, y[i], x_test, min(KNN_K, len(i)), KNN_TEMPERATURE, num_classes)
+        logits, _ = linear_probe(h, y[i], x_test, num_classes, seed)
         knn.append(accuracy(votes, y_test))
         linear.append(accuracy(logits, y_test))
     return summarize(knn, len(y_test)), summarize(linear, len(y_test))
@@ -1743,6 +1849,9 @@ def compare_features(
     encoder: nn.Module, about: dict, bank: ImageSet, test: ImageSet, seed: int
 ) -> list[dict]:
     """Test accuracies of an encoder, of the same encoder untrained, and of raw pixels.
+
+    Raw pixels are left out for large sets, because a linear probe on them would need several times
+    the memory that they take as float32.
 
     Args:
         encoder: the trained encoder, which gets inputs with the mean and std that `about` says.
@@ -1759,13 +1868,15 @@ def compare_features(
     encoders = {
         about["method"]: nn.Sequential(Normalize(about["mean"], about["std"]), encoder),
         "random": nn.Sequential(Normalize(about["mean"], about["std"]), untrained),
-        "raw pixels": nn.Flatten(),
     }
+    if len(bank) * 3 * about["image_size"] ** 2 <= MAX_PIXEL_FEATURES:
+        encoders["raw pixels"] = nn.Flatten()
 
-    subsets = {"": [torch.arange(len(bank))]}
+    # The draws of training images, by what is added to the names of their columns.
+    draws_by_suffix = {"": [torch.arange(len(bank))]}
     if bank.labels.bincount().min() >= 10:
         draws = [draw_per_class(bank.labels, 10, generator(seed, i)) for i in range(5)]
-        subsets[" (10 a class)"] = draws
+        draws_by_suffix[" (10 a class)"] = draws
 
     rows = []
     for features, network in progress(encoders.items(), "evaluation"):
@@ -1773,9 +1884,10 @@ def compare_features(
         x = extract_features(network, bank, about["image_size"])
         x_test = extract_features(network, test, about["image_size"])
         row = {"features": features}
-        for name, draws in subsets.items():
-            scores = score_features(x, bank.labels, x_test, test.labels, draws, seed)
-            row[f"kNN{name}"], row[f"linear{name}"] = scores
+        for suffix, draws in draws_by_suffix.items():
+            knn, linear = score_features(x, bank.labels, x_test, test.labels, draws, seed)
+            row[f"kNN{suffix}"] = knn
+            row[f"linear{suffix}"] = linear
         rows.append(row)
     return rows
 
@@ -1786,12 +1898,12 @@ def finish(
     about: dict,
     bank: ImageSet | None,
     test: ImageSet | None,
-    watched: ImageSet | None,
+    validation: ImageSet | None,
     seed: int,
     last: dict,
-    own: dict | None = None,
+    extra_columns: dict | None = None,
 ) -> None:
-    """End a run: evaluate, write encoder.safetensors and results.json, and print the table.
+    """End a run: write encoder.safetensors, evaluate, write results.json, and print the table.
 
     Args:
         out: the folder of the run.
@@ -1800,29 +1912,33 @@ def finish(
             and std with which the encoder's inputs are normalized.
         bank, test: labeled images, or None. Views above 64 pixels are evaluated by kNN alone, since
             the rest would take longer than many runs; linear_eval.py does it.
-        watched: the images of the evaluation during the run.
+        validation: the images of the evaluation during the run.
         seed: of the evaluation.
         last: the last row of the metrics.
-        own: accuracies of the method's own, for the method's row of the table.
+        extra_columns: accuracies that only the trained encoder's row of the table has.
     """
+    # First, so that it is there even if the evaluation fails.
+    if PartialState().is_main_process:
+        save_encoder(out / "encoder.safetensors", encoder, **about)
+
     if bank and about["image_size"] <= 64:
         PartialState().print("evaluating features by kNN and linear probes")
         rows = compare_features(encoder, about, bank, test, seed)
     else:
-        rows = [{"features": about["method"], "loss": last["loss"], "kNN": "-"}]
-        if bank and watched is test:
-            rows[0]["kNN"] = summarize([last["knn"]], len(test))
-        elif bank:
-            normalize = Normalize(about["mean"], about["std"]).to(PartialState().device)
-            network = nn.Sequential(normalize, encoder)
-            percent = knn_accuracy(network, bank, test, about["image_size"])
-            rows[0]["kNN"] = summarize([percent], len(test))
-    for name, value in (own or {}).items():
-        rows[0][name] = value
-        for row in rows[1:]:
+        row = {"features": about["method"], "loss": last["loss"], "kNN": "-"}
+        if bank:
+            # The last epoch has measured it on the test images, unless others were held out.
+            percent = last["knn"]
+            if validation is not test:
+                normalize = Normalize(about["mean"], about["std"]).to(PartialState().device)
+                network = nn.Sequential(normalize, encoder)
+                percent = knn_accuracy(network, bank, test, about["image_size"])
+            row["kNN"] = summarize([percent], len(test))
+        rows = [row]
+    for name, value in (extra_columns or {}).items():
+        for row in rows:
             row[name] = "-"
-    if PartialState().is_main_process:
-        save_encoder(out / "encoder.safetensors", encoder, **about)
+        rows[0][name] = value
     title = "test accuracy in percent [95 % interval]"
     if not bank:
         title = "the images have no labels, so there is no accuracy"
@@ -1848,12 +1964,6 @@ def read_results(out: Path) -> list[dict] | None:
     return rows
 
 
-def principal_axes(x: Tensor, count: int, seed: int) -> Tensor:
-    """The first principal axes of x [N, D]: [D, count]."""
-    torch.manual_seed(seed)  # pca_lowrank draws random numbers
-    return torch.pca_lowrank(x, min(max(6, count), *x.shape), niter=9)[2][:, :count]
-
-
 # --------------------------------------------------------------------------------------
 # Console and pictures
 # --------------------------------------------------------------------------------------
@@ -1870,7 +1980,8 @@ def progress(steps: Iterable, description: str, total: int | None = None) -> Ite
 def spread(z: Tensor) -> float:
     """How far embeddings z [N, D] fill the sphere: about 1 if they do, 0 if all are equal.
 
-    It is the standard deviation over the batch, by dimension, times the square root of D.
+    It is the standard deviation over the batch, averaged over the dimensions, times the square root
+    of D.
     """
     return F.normalize(z.detach(), dim=1).std(0).mean().item() * z.shape[1] ** 0.5
 
@@ -1886,7 +1997,7 @@ def format_duration(minutes: float) -> str:
 
 
 def _columns(measures: Sequence[str]) -> dict[str, str]:
-    """The columns of the table: by the key of the metric its name, padded to the column's width."""
+    """The title of each column, by the key of its metric, padded to the column's width."""
     keys = ["epoch", "loss", "chance", "spread", *measures, "images_per_s", "minutes_left"]
     names = {key: COLUMN_NAMES.get(key, key) for key in keys}
     return {key: name.rjust(max(9, len(name) + 2)) for key, name in names.items()}
@@ -1965,6 +2076,18 @@ def save_views(path: Path, images: ImageSet, index: Tensor, views: list[Tensor])
     for same_size in views:
         shown += [F.interpolate(view[:8], size) for view in same_size]
     save_pictures(path, torch.cat(shown), len(index[:8]))
+
+
+def principal_axes(x: Tensor, count: int, seed: int) -> Tensor:
+    """The first principal axes of x [N, D], as [D, count].
+
+    It is for maps, which need few of many axes, so it computes only these. `principal_coordinates`
+    gives all of them.
+    """
+    torch.manual_seed(seed)  # pca_lowrank draws random numbers from torch's global generator.
+    rank = min(max(6, count), *x.shape)  # More axes and iterations make the first ones more exact.
+    _, _, axes = torch.pca_lowrank(x, rank, niter=9)
+    return axes[:, :count]
 
 
 def draw_map(coordinates: Tensor, images: Tensor, kinds: Tensor, side: int = 1000) -> Tensor:

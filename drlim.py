@@ -77,7 +77,7 @@ PRESETS = {
 CONSOLE_METRICS = ("flatness", "5-NN", "rank")  # shown besides loss, chance, spread and speed
 MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
 SAVE_MINUTES = 10  # A longer epoch also saves checkpoints midway.
-RUN_FORMAT = 4  # of the files in --out; runs of another format are refused
+RUN_FORMAT = 5  # of the files in --out; runs of another format are refused
 
 
 # --------------------------------------------------------------------------------------
@@ -223,10 +223,11 @@ def build_graph(kind: str, samples: Samples, neighbors: int, copies: int, seed: 
         if len(sizes) < 2:
             common.fail("--graph labels needs images of at least two classes: use more --classes")
         available = sizes.min().item() - 1
-        # The partners are neighbors among random points: the first coordinate keeps the classes
-        # apart, and the second is random.
-        place = torch.rand(N, generator=common.generator(seed)).double()
-        features = torch.stack([2.0 * labels, place], dim=1)
+        # This draws random partners within each class. Each class is a line, on which its images
+        # get random places, and their partners are the nearest. Places differ by less than 1, and
+        # the lines are at least 2 apart, so no image of another class is as near.
+        places = torch.rand(N, generator=common.generator(seed)).double()
+        features = torch.stack([2.0 * labels, places], dim=1)
     else:
         features = samples.x[::similar_copies].flatten(1)
     if neighbors > available:
@@ -262,8 +263,10 @@ def sample_pairs(
         the two samples of each pair; and Y of each pair, 1 if it is dissimilar. There are only B
         pairs if no two images are dissimilar.
     """
-    B, copies, partners = len(edges), graph.copies, graph.partners
-    a, b = edges // partners.shape[1], partners.flatten()[edges]
+    B = len(edges)
+    copies = graph.copies
+    a = edges // graph.partners.shape[1]
+    b = graph.partners.flatten()[edges]
 
     # A random copy stands for each image. If both are the same image, the copies must differ: the
     # second is then 1 to copies - 1 places after the first.
@@ -278,7 +281,7 @@ def sample_pairs(
     if graph.labels is not None:
         similar = graph.labels[n][:, None] == graph.labels[n]
     else:
-        similar = (partners[n][:, :, None] == n).any(1) | (n[:, None] == n)
+        similar = (graph.partners[n][:, :, None] == n).any(1) | (n[:, None] == n)
     dissimilar = (~(similar | similar.T)).triu().nonzero()  # each pair once
     pairs = torch.arange(2 * B).view(B, 2)
     if len(dissimilar):
@@ -368,13 +371,6 @@ def gather(z: Tensor, accelerator: Accelerator) -> Tensor:
     # The value of z, with its gradient multiplied by P.
     parts[accelerator.process_index] = z.detach() + P * (z - z.detach())
     return torch.cat(parts)
-
-
-def find_problems(row: dict) -> list[str]:
-    """Return warnings about the metrics of one epoch."""
-    if row["spread"] < 0.02:  # standard deviation of the map, as a share of the margin
-        return ["the map collapses to a point: use a lower --lr or a higher --ratio"]
-    return []
 
 
 # --------------------------------------------------------------------------------------
@@ -515,15 +511,20 @@ def open_run(
         accelerator: the run's.
 
     Returns:
-        The checkpoint to resume from, and the results of the run if it is finished. Each is None if
-        there is none yet.
+        The checkpoint to resume from, or None if the run is new or finished; and the results of the
+        run, or None if it is not finished.
 
     Raises:
         SystemExit: if the folder holds anything else, or cannot be used. The message is one line.
     """
     path = out / "config.json"
-    if not path.exists():
-        if any(out.glob("[!.]*")):
+    try:
+        is_new = not path.exists()
+        is_empty = not any(out.glob("[!.]*"))
+    except OSError as error:
+        common.fail(f"{out} cannot be used ({error}): choose another --out")
+    if is_new:
+        if not is_empty:
             common.fail(f"{out} is not empty and does not hold a run: choose another --out")
         packages = {name: version(name) for name in ("torch", "torchvision", "accelerate")}
         devices = f"{accelerator.num_processes} x {accelerator.device}"
@@ -541,9 +542,11 @@ def open_run(
             f"{out} holds a run with other settings ({previous}): "
             "repeat its command to resume it, or choose another --out"
         )
+    results = common.read_results(out)
     checkpoint = out / "checkpoint.pt"
-    state = common.read_checkpoint(checkpoint) if checkpoint.exists() else None
-    return state, common.read_results(out)
+    if results or not checkpoint.exists():
+        return None, results
+    return common.read_checkpoint(checkpoint), None
 
 
 def save_run(out: Path, state: dict) -> None:
@@ -689,10 +692,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argparse.Namespace:
-    """Parse the flags. A flag that is not given takes the preset's value, or else its default."""
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the flags, with the defaults for the data set that --data names."""
     parser = build_parser()
-    parser.set_defaults(**preset or {})
+    data = parser.parse_args(argv).data
+    parser.set_defaults(**PRESETS.get(data, {}))
     args = parser.parse_args(argv)
     if args.arch == "paper" and (args.init or args.stem):
         common.fail("--init and --stem cannot be used with --arch paper")
@@ -701,11 +705,6 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
     if args.out is None:
         args.out = Path("runs", f"drlim-{Path(args.data).absolute().name}".removesuffix(".npz"))
     return args
-
-
-# --------------------------------------------------------------------------------------
-# Training
-# --------------------------------------------------------------------------------------
 
 
 def choose_image_size(args: argparse.Namespace, side: int) -> int:
@@ -723,32 +722,46 @@ def check_shifts(shifts: list[int], size: int) -> None:
         common.fail(f"--shifts must be smaller than the side of the images, {size} pixels")
 
 
+# --------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------
+
+
+def find_problems(row: dict) -> list[str]:
+    """Return warnings about the metrics of one epoch."""
+    if row["spread"] < 0.02:  # standard deviation of the map, as a share of the margin
+        return ["the map collapses to a point: use a lower --lr or a higher --ratio"]
+    return []
+
+
 def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     """Learn the map, evaluate it, and leave the run in --out."""
     args = parse_arguments(argv)
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = True  # All steps have the same shapes.
     accelerator = common.start_accelerator(args.log_with, args.out)
     common.check_agreement(vars(args))
-    device, processes = accelerator.device, accelerator.num_processes
+    device = accelerator.device
+    processes = accelerator.num_processes
 
-    # Data: training images (the bank) and test images; without classes, all images are both. The
-    # watched images are those on which the map is measured during the run.
-    images, bank, test_images, watched_images = common.load_splits(
+    # Data: training images (the bank) and test images; without classes, all images are both. During
+    # the run, the map is measured on the validation images, which are those of --holdout or else
+    # the test images.
+    images, bank, test_images, validation_images = common.load_splits(
         args.data, args.root, args.limit, device, args.workers, args.stream, args.holdout
     )
-    args = parse_arguments(argv, PRESETS.get(args.data))  # again, with the defaults for this data
-    bank, test_images = bank or images, test_images or images
-    watched_images = watched_images or images
+    bank = bank or images
+    test_images = test_images or images
+    validation_images = validation_images or images
     args.image_size = choose_image_size(args, bank.side)
     check_shifts(args.shifts, args.image_size)
     classes = find_classes(args.classes, list(bank.classes) or ["all"])
     is_paper = args.arch == "paper"
     train = load_samples(bank, classes, args.per_class, args.image_size, args.shifts, is_paper)
     test = load_samples(test_images, classes, None, args.image_size, args.shifts, is_paper)
-    watched = test
-    if watched_images is not test_images:
-        watched = load_samples(
-            watched_images, classes, None, args.image_size, args.shifts, is_paper
+    validation = test
+    if validation_images is not test_images:
+        validation = load_samples(
+            validation_images, classes, None, args.image_size, args.shifts, is_paper
         )
 
     # The graph, which a resumed run builds again. Its edges are the pairs of similar images. An
@@ -764,11 +777,12 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
 
     # Model: G, an encoder and a linear layer to the map.
     args.stem = args.stem or ("3x3" if args.image_size <= 64 else "7x7")
+    mean, std = common.STATISTICS["none"]  # The inputs are not normalized.
     torch.manual_seed(args.seed)
     if is_paper:
         encoder = paper_network()
     elif args.init:
-        encoder, _ = common.load_encoder(args.init, architecture=args.arch, stem=args.stem)
+        encoder = common.load_initial_encoder(args.init, args.arch, args.stem, mean, std)
     else:
         encoder = common.build_encoder(args.arch, args.stem)
     network = nn.Sequential(encoder, FloatLinear(encoder.width, args.dim)).to(device)
@@ -781,6 +795,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     # Run: start a new one, print a finished one, or resume from a checkpoint.
     settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     settings |= {"method": "drlim", "images": bank.fingerprint}
+    settings |= {"test images": test_images.fingerprint}
     settings |= {"mixed_precision": accelerator.mixed_precision}
     common.check_agreement(settings)
     checkpoint, results = common.on_main_process(open_run, args.out, settings, accelerator)
@@ -788,11 +803,14 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         accelerator.print(f"{args.out} is finished:\n{common.format_table(results)}")
         return
 
-    step, losses, rows = 0, [], []  # the losses are those of the current epoch
+    step = 0
+    losses = []  # of the steps of the current epoch
+    rows = []  # the metrics of all epochs
     if checkpoint:
         network.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        step, rows = checkpoint["step"], checkpoint["rows"]
+        step = checkpoint["step"]
+        rows = checkpoint["rows"]
         losses = list(checkpoint["losses"].to(device))
         accelerator.print(f"resuming after step {step} of {total_steps}")
 
@@ -811,7 +829,9 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     accelerator.print(common.format_header(CONSOLE_METRICS))
     saved_at = time.monotonic()
     while step < total_steps:
-        epoch, first_step, started_at = step // epoch_steps, step, time.monotonic()
+        epoch = step // epoch_steps
+        first_step = step
+        started_at = time.monotonic()
         last_step = min((epoch + 1) * epoch_steps, total_steps)
         order = common.epoch_order(num_edges, args.seed, epoch).split(args.batch_size)
         epoch_batches = itertools.islice(order, step % epoch_steps, last_step - epoch * epoch_steps)
@@ -865,8 +885,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         if (epoch + 1) % args.eval_every == 0 or step == total_steps:
             G.eval()
             g_train = map_images(G, train.x)
-            g_watched = map_images(G, watched.x)
-            row |= measure_map(g_watched, watched, g_train, train, len(classes), copies)
+            g_validation = map_images(G, validation.x)
+            row |= measure_map(g_validation, validation, g_train, train, len(classes), copies)
             G.train()
         rows.append(row)
         accelerator.print(common.format_row(row, CONSOLE_METRICS))
@@ -884,15 +904,15 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         "architecture": args.arch,
         "stem": args.stem,
         "image_size": args.image_size,
-        "mean": [0.0, 0.0, 0.0],  # The inputs are not normalized.
-        "std": [1.0, 1.0, 1.0],
+        "mean": list(mean),
+        "std": list(std),
         "data": args.data,
     }
     if accelerator.is_main_process and not is_paper:
         common.save_encoder(args.out / "encoder.safetensors", encoder, **about)
     finish_map(args, G, train, test, len(classes))
-    # Accelerate's end_training would also part the processes, for which it is too early while the
-    # model is alive. `common.entry_point` does that.
+    # Accelerate's end_training would also destroy the process group, to which DDP still refers.
+    # `common.entry_point` does it later.
     for tracker in accelerator.trackers:
         tracker.finish()
 

@@ -36,7 +36,7 @@ What it leaves in --out, by default the folder of the encoder:
 - eval.json, a list to which each evaluation adds its result
 - neighbours.png (linear and knn): test images (left), and the nearest training images of each, in a
   green frame if the class is the same and a red one if not
-- map.png (linear and knn): test images, drawn at the first two principal components of their
+- features.png (linear and knn): test images, drawn at the first two principal components of their
   features
 """
 
@@ -47,7 +47,7 @@ import json
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -261,15 +261,15 @@ def _is_ours(path: str) -> bool:
 
 
 def choose_recipe(
-    args: argparse.Namespace, about: dict[str, str], labeled: int, images: int
+    args: argparse.Namespace, about: dict[str, str], num_labeled: int, num_images: int
 ) -> tuple[str, Recipe]:
     """The recipe for linear-augmented or finetune, adapted to the flags and the images.
 
     Args:
         args: the flags.
         about: metadata of the encoder; its method chooses the default recipe.
-        labeled: how many training images have labels.
-        images: how many training images there are.
+        num_labeled: how many training images have labels.
+        num_images: how many training images there are.
 
     Returns:
         The name of the recipe, and the recipe.
@@ -279,21 +279,38 @@ def choose_recipe(
     candidates = (args.recipe, method, "simclr")
     name = next(candidate for candidate in candidates if candidate in RECIPES)
     recipe = FINETUNE if args.protocol == "finetune" else RECIPES[name]
-    batch_size = min(labeled, args.batch_size or recipe.batch_size)
+    batch_size = min(num_labeled, args.batch_size or recipe.batch_size)
     epochs = recipe.epochs
     if recipe is FINETUNE:
         # As SimCLR's authors did, twice as long with few labels. With very few, at least 500 steps.
-        if labeled < 0.05 * images:
+        if num_labeled < 0.05 * num_images:
             epochs = 2 * epochs
-        epochs = max(epochs, math.ceil(500 / (labeled // batch_size)))
+        epochs = max(epochs, math.ceil(500 / (num_labeled // batch_size)))
     lr = args.lr or recipe.lr * batch_size / recipe.batch_size
     return name, recipe._replace(lr=lr, batch_size=batch_size, epochs=args.epochs or epochs)
+
+
+def build_sgd(
+    params, recipe: Recipe, steps: int
+) -> tuple[torch.optim.SGD, lr_scheduler.LRScheduler]:
+    """The optimizer of a recipe, and its learning-rate schedule over a number of steps."""
+    optimizer = torch.optim.SGD(
+        params,
+        recipe.lr,
+        momentum=0.9,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.nesterov,
+    )
+    if recipe.drops:
+        drops = [round(share * steps) for share in recipe.drops]
+        return optimizer, lr_scheduler.MultiStepLR(optimizer, drops, recipe.factor)
+    return optimizer, lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
 
 def train(
     encoder: nn.Sequential,
     images: ImageSet,
-    classes: int,
+    num_classes: int,
     size: int,
     recipe: Recipe,
     frozen: bool,
@@ -309,7 +326,7 @@ def train(
     Args:
         encoder: normalization of the inputs, then an encoder with an attribute `width`.
         images: the labeled training images.
-        classes: how many there are.
+        num_classes: how many classes there are.
         size: side of the crops, in pixels.
         recipe: how to train.
         frozen: leave the encoder as it is, in eval mode.
@@ -319,14 +336,15 @@ def train(
     Returns:
         The encoder with its layer, in float32.
     """
-    device, processes = accelerator.device, accelerator.num_processes
+    device = accelerator.device
     torch.manual_seed(seed)
-    network = nn.Sequential(encoder, nn.Linear(encoder[1].width, classes)).to(device)
+    network = nn.Sequential(encoder, nn.Linear(encoder[1].width, num_classes)).to(device)
+    # `fixed` runs in eval mode and without gradients; `model` is trained on its output.
     if frozen:
         fixed, model = encoder, network[1]
     else:
         fixed, model = nn.Identity(), network
-    is_shared = not frozen and processes > 1 and device.type == "cuda"
+    is_shared = not frozen and accelerator.num_processes > 1 and device.type == "cuda"
     if is_shared:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         model = accelerator.prepare(network)
@@ -334,26 +352,14 @@ def train(
     model.train()
 
     steps = recipe.epochs * (len(images) // recipe.batch_size)
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        recipe.lr,
-        momentum=0.9,
-        weight_decay=recipe.weight_decay,
-        nesterov=recipe.nesterov,
-    )
-    if recipe.drops:
-        drops = [round(share * steps) for share in recipe.drops]
-        scheduler = lr_scheduler.MultiStepLR(optimizer, drops, recipe.factor)
-    else:
-        scheduler = lr_scheduler.CosineAnnealingLR(optimizer, steps)
-
+    optimizer, scheduler = build_sgd(model.parameters(), recipe, steps)
     crops = [(1, [RandomResizedCrop(size)])]
     batches = common.batches(images, crops, recipe.batch_size, seed, start=0, stop=steps)
     for index, (views,) in common.progress(batches, f"seed {seed}", steps):
-        x, y = views[0].contiguous(memory_format=torch.channels_last), images.labels[index]
+        x = views[0].contiguous(memory_format=torch.channels_last)
+        y = common.to_device_of(x, images.labels[index])
         with torch.no_grad(), accelerator.autocast():
             x = fixed(x).float()
-        y = common.to_device_of(x, y)
         if not is_shared:  # Every process then makes the same step.
             x, y = accelerator.gather((x, y))
         with accelerator.autocast():
@@ -363,7 +369,7 @@ def train(
         optimizer.step()
         scheduler.step()
 
-    accelerator.free_memory()  # lets go of this seed's DDP
+    accelerator.free_memory()  # Accelerate no longer refers to this seed's DDP.
     return nn.Sequential(*network)  # the same layers without Accelerate's autocast, to evaluate
 
 
@@ -546,11 +552,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             common.fail(f"--{flag} has no effect with --protocol {args.protocol}: leave it out")
     if args.encoder != "random" and (args.arch or args.stem):
         common.fail("--arch and --stem are only for random: leave them out, a file names its own")
-    if args.features and (args.features.exists() or not args.features.parent.is_dir()):
-        common.fail(f"--features {args.features} must be a new file in an existing folder")
+    if args.features:
+        try:
+            is_new = args.features.parent.is_dir() and not args.features.exists()
+        except OSError:  # It may not even be looked for, or its name is too long.
+            is_new = False
+        if not is_new:
+            common.fail(f"--features {args.features} must be a new file in an existing folder")
     if args.protocol == "knn":
-        args.knn_k = args.knn_k or 20
-        args.knn_temperature = args.knn_temperature or 0.07
+        args.knn_k = args.knn_k or common.KNN_K
+        args.knn_temperature = args.knn_temperature or common.KNN_TEMPERATURE
     return args
 
 
@@ -610,15 +621,34 @@ def describe(args: argparse.Namespace, recipe_name: str, recipe: Recipe) -> str:
         labels = f"{100 * args.labels:g} % of the labels"
     else:
         labels = f"{args.labels:g} labels per class"
-    how = args.protocol
+    text = args.protocol
     if args.protocol == "knn":
-        how = f"kNN, k = {args.knn_k}, T = {args.knn_temperature}"
+        text = f"kNN, k = {args.knn_k}, T = {args.knn_temperature}"
     elif args.protocol == "linear-augmented":
-        how = f"{args.protocol}, {recipe_name}"
+        text = f"{args.protocol}, {recipe_name}"
     if args.protocol in ON_CROPS:
-        how += f", learning rate {recipe.lr:.4g}, batch size {recipe.batch_size}"
-        how += f", {recipe.epochs} epochs"
-    return f"{how}, {labels}"
+        text += f", learning rate {recipe.lr:.4g}, batch size {recipe.batch_size}"
+        text += f", {recipe.epochs} epochs"
+    return f"{text}, {labels}"
+
+
+def accuracy_per_class(
+    hits: list[Tensor], labels: Tensor, classes: Sequence[str]
+) -> dict[str, float]:
+    """The accuracy on the test images of each class that has any, in percent.
+
+    Args:
+        hits: for each seed, whether it classified each test image correctly, [M] bool.
+        labels: [M].
+        classes: their names.
+    """
+    correct = 100 * torch.stack(hits).float().mean(0)
+    accuracies = {}
+    for i, name in enumerate(classes):
+        of_class = labels == i
+        if of_class.any():
+            accuracies[name] = correct[of_class].mean().item()
+    return accuracies
 
 
 def check_unchanged(encoder: nn.Module, before: dict[str, Tensor]) -> None:
@@ -633,21 +663,24 @@ def check_unchanged(encoder: nn.Module, before: dict[str, Tensor]) -> None:
 def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     """Evaluate an encoder, print the table and add the result to eval.json."""
     args = parse_arguments(argv)
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = True  # All steps have the same shapes.
     accelerator = common.start_accelerator()
     common.check_agreement(vars(args))
-    device, processes = accelerator.device, accelerator.num_processes
+    device = accelerator.device
+    processes = accelerator.num_processes
 
     # Encoder: one of these scripts, another repository's (with a note on what was used), or random.
     is_random = args.encoder == "random"
-    about, note = {}, ""
+    about = {}
+    note = ""
     if not is_random:
         encoder, about, note = common.on_main_process(open_encoder, args.encoder)
     is_foreign = bool(note)
     if is_foreign and not args.data:
         common.fail(f"--data is needed: {args.encoder} does not say what it was trained on")
 
-    # Data, and the labeled images of each seed.
+    # Data, and the labeled images of each seed. With --holdout, the images that are set aside (the
+    # validation images) take the place of the test images.
     data = args.data or about.get("data", "fashion-mini")
     _, bank, _, test = common.load_splits(
         data, args.root, args.limit, device, args.workers, args.stream, args.holdout
@@ -657,7 +690,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             f"--data {data} has no labels: use a folder with train and val or test, each with one "
             f"folder per class, an .npz file with labels, or one of {', '.join(common.SETS)}"
         )
-    classes = int(bank.labels.max()) + 1
+    num_classes = int(bank.labels.max()) + 1
     size = args.image_size or int(about.get("image_size", bank.side))
     if is_random:
         stem = args.stem or ("3x3" if size <= 64 else "7x7")
@@ -673,7 +706,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         accelerator.print("kNN with all labels leaves nothing to chance: it runs once")
     draws = draw_labeled(args, bank, seeds)
 
-    # Protocol.
+    # The recipe, which only training on crops uses, and the file for the results.
     recipe_name, recipe = choose_recipe(args, about, len(draws[0]), len(bank))
     if not on_features and (recipe.batch_size < 2 or recipe.batch_size % processes):
         common.fail(
@@ -683,7 +716,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     images_at_once = 256  # on each process, for features
     if args.batch_size:
         images_at_once = max(1, args.batch_size // processes)
-    how = describe(args, recipe_name, recipe)
+    description = describe(args, recipe_name, recipe)
     if args.out is None and is_random:
         data_name = Path(data).absolute().name.removesuffix(".npz")
         args.out = Path("runs", f"random-{about['architecture']}-{data_name}")
@@ -691,9 +724,11 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         args.out = Path(args.encoder).parent
     record = args.out / "eval.json"
     common.on_main_process(prepare_record, record)
-    accelerator.print(f"evaluating {args.encoder} on {data}: {how}")
+    accelerator.print(f"evaluating {args.encoder} on {data}: {description}")
 
-    runs, hits = [], []
+    # Each seed's evaluation.
+    runs = []
+    hits = []  # whether each test image was classified correctly
     for seed, labeled in enumerate(draws):
         # Each seed draws a new random encoder. Other encoders need their features only once.
         if is_random:
@@ -712,14 +747,14 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         if on_features:
             x = h if args.labels is None else h[labeled.to(device)]
         if args.protocol == "knn":
-            scores = common.knn_predict(x, y, h_test, args.knn_k, args.knn_temperature, classes)
+            scores = common.knn_predict(x, y, h_test, args.knn_k, args.knn_temperature, num_classes)
         elif args.protocol == "linear":
-            scores, chosen = common.linear_probe(x, y, h_test, classes, seed)
+            scores, chosen = common.linear_probe(x, y, h_test, num_classes, seed)
         else:
             frozen = args.protocol == "linear-augmented"
             start = network if frozen else copy.deepcopy(network)
             images = bank if args.labels is None else bank.take(labeled)
-            trained = train(start, images, classes, size, recipe, frozen, seed, accelerator)
+            trained = train(start, images, num_classes, size, recipe, frozen, seed, accelerator)
             scores = common.extract_features(trained, test, size, images_at_once)
         if not scores.isfinite().all():
             common.fail(
@@ -737,15 +772,19 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     summary = {}
     for metric in ("top-1", "top-5"):
         summary[metric] = common.summarize([run[metric] for run in runs], len(test))
-    printed = [run | {name: f"{run[name]:g}" for name in chosen} for run in runs]
+    printed = []
+    for run in runs:
+        # What the probe chose is printed with all its digits, unlike accuracies.
+        digits = {name: f"{run[name]:g}" for name in ("weight_decay", "held-out") if name in run}
+        printed.append(run | digits)
     accelerator.print(
-        f"{common.format_table(printed)}\n{data}, {how}, seeds: {len(runs)}\n"
+        f"{common.format_table(printed)}\n{data}, {description}, seeds: {len(runs)}\n"
         f"in percent, with the 95 % interval for {len(test)} images:\n"
         f"{common.format_table([summary])}"
     )
     if on_features:
         save_neighbors(args.out / "neighbours.png", h, bank, h_test, test)
-        save_map(args.out / "map.png", h_test, test)
+        save_map(args.out / "features.png", h_test, test)
     if args.features:
         arrays = {"train": h, "train_labels": bank.labels, "test": h_test}
         common.save_arrays(args.features, arrays | {"test_labels": test.labels})
@@ -758,18 +797,12 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             settings[name] = value if isinstance(value, int | float) else str(value)
     settings |= {"architecture": about["architecture"], "stem": about["stem"], "seeds": len(runs)}
     settings |= {"data": data, "image_size": size, "mean": mean, "std": std}
-    correct = 100 * torch.stack(hits).float().mean(0)
-    per_class = {}
-    for i, name in enumerate(bank.classes):
-        of_class = test.labels == i
-        if of_class.any():
-            per_class[name] = correct[of_class].mean().item()
     result = {
-        "how": how,
+        "how": description,
         "settings": settings,
         "torch": version("torch"),
         **summary,
-        "per-class": per_class,
+        "per-class": accuracy_per_class(hits, test.labels, bank.classes),
         "runs": runs,
     }
     common.write_json(record, [*read_record(record), result])  # read again: others may add to it

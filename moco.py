@@ -125,7 +125,7 @@ SMALL_NETWORK_PEAK_LR = PEAK_LR | {"adamw": 0.006}  # for --arch small, which ta
 CONSOLE_METRICS = ("knn",)  # shown besides loss, chance, spread and speed
 MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
 SAVE_MINUTES = 10  # A longer epoch also saves checkpoints midway.
-RUN_FORMAT = 4  # of the files in --out; runs of another format are refused
+RUN_FORMAT = 5  # of the files in --out; runs of another format are refused
 
 
 # --------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def augmentation(names: list[str], size: int, crop_scale: float, jitter: list[fl
         "gray": RandomApply(grayscale, p=0.2),
         "blur": RandomApply(GaussianBlur(kernel_size, sigma=(0.1, 2.0)), p=0.5),
     }
-    if "crop" not in names:  # The whole image is resized to a square, and not flipped.
+    if "crop" not in names:  # The middle square is shown, and not flipped.
         operations["crop"] = RandomResizedCrop(size, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
     return [operations["crop"], *(operations[name] for name in names if name != "crop")]
 
@@ -216,45 +216,6 @@ class SplitBatchNorm(nn.BatchNorm2d):
         )
         x = x.permute(0, 2, 3, 1).unflatten(3, (self.splits, -1))  # [n, H, W, splits, C]
         return x.permute(3, 0, 1, 2, 4).flatten(0, 1).permute(0, 3, 1, 2)
-
-
-def default_bn_splits(batch_size: int, processes: int) -> int:
-    """The default of --bn-splits: the groups of images that are normalized together.
-
-    As many equal groups as possible of at least 32 images, at most 8 over all processes. Each
-    process has at least one group, even if it is smaller.
-    """
-    own_images = batch_size // processes
-    most_per_process = max(1, min(8, batch_size // 32) // processes)
-    divisors = [n for n in range(1, most_per_process + 1) if own_images % n == 0]
-    return processes * max(divisors)
-
-
-def default_queue_size(images: int, keys: int) -> int:
-    """The default of --queue-size.
-
-    The largest power of two that is at most 65,536 and at most an eighth of the images, or the keys
-    of a step if they are more.
-    """
-    eighth = max(1, images // 8)
-    power_of_two = 2 ** (eighth.bit_length() - 1)  # the largest one up to `eighth`
-    return max(keys, min(65536, power_of_two))
-
-
-def check_bn_splits(bn_splits: int, keys: int, processes: int) -> None:
-    """Fail if --bn-splits does not divide the keys of a step, over all processes."""
-    if keys % bn_splits or bn_splits == keys or bn_splits % processes:
-        common.fail(
-            f"--bn-splits {bn_splits} must be a multiple of {processes}, the number of processes, "
-            f"and divide the {keys} images of a step into equal groups of at least two: choose "
-            "another, or a larger --batch-size"
-        )
-
-
-def check_queue_size(queue_size: int, keys: int) -> None:
-    """Fail if the keys of a step, over all processes, do not fit into the queue."""
-    if queue_size < keys:
-        common.fail(f"--queue-size {queue_size} must be at least {keys}, the keys of a step")
 
 
 def new_queue(size: int, dim: int, seed: int, device: torch.device) -> Tensor:
@@ -356,28 +317,6 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
     return F.cross_entropy(logits, positives)
 
 
-def find_problems(row: dict, temperature: float, warmed_up: bool) -> list[str]:
-    """Return warnings about the metrics of one epoch.
-
-    Args:
-        row: the metrics.
-        temperature: of the loss.
-        warmed_up: whether the loss should have left chance by now.
-    """
-    found = []
-    if row["spread"] < 0.1:  # 1 if embeddings fill the sphere, 0 if all are equal
-        found.append(
-            "the embeddings collapse (their spread should be near 1, and is near 0): use a lower "
-            "--lr or a longer --warmup-epochs"
-        )
-    # With orthogonal negatives, the loss is at most about 1 / temperature below chance. It cannot
-    # fall below 0 either.
-    reach = min(row["chance"], 1 / temperature)
-    if warmed_up and row["chance"] - row["loss"] < 0.02 * reach:
-        found.append("the loss stays at chance: use another --lr or --temperature")
-    return found
-
-
 # --------------------------------------------------------------------------------------
 # Optimizer and schedule
 # --------------------------------------------------------------------------------------
@@ -423,15 +362,20 @@ def open_run(
         accelerator: the run's.
 
     Returns:
-        The checkpoint to resume from, and the results of the run if it is finished. Each is None if
-        there is none yet.
+        The checkpoint to resume from, or None if the run is new or finished; and the results of the
+        run, or None if it is not finished.
 
     Raises:
         SystemExit: if the folder holds anything else, or cannot be used. The message is one line.
     """
     path = out / "config.json"
-    if not path.exists():
-        if any(out.glob("[!.]*")):
+    try:
+        is_new = not path.exists()
+        is_empty = not any(out.glob("[!.]*"))
+    except OSError as error:
+        common.fail(f"{out} cannot be used ({error}): choose another --out")
+    if is_new:
+        if not is_empty:
             common.fail(f"{out} is not empty and does not hold a run: choose another --out")
         packages = {name: version(name) for name in ("torch", "torchvision", "accelerate")}
         devices = f"{accelerator.num_processes} x {accelerator.device}"
@@ -449,9 +393,11 @@ def open_run(
             f"{out} holds a run with other settings ({previous}): "
             "repeat its command to resume it, or choose another --out"
         )
+    results = common.read_results(out)
     checkpoint = out / "checkpoint.pt"
-    state = common.read_checkpoint(checkpoint) if checkpoint.exists() else None
-    return state, common.read_results(out)
+    if results or not checkpoint.exists():
+        return None, results
+    return common.read_checkpoint(checkpoint), None
 
 
 def save_run(out: Path, state: dict) -> None:
@@ -636,8 +582,10 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
     else its default.
     """
     parser = build_parser()
+    parser.set_defaults(**preset or {})
     given_version = parser.parse_args(argv).version
-    parser.set_defaults(**(preset or {}) | VERSIONS.get(given_version, {}))
+    if given_version:
+        parser.set_defaults(**VERSIONS[given_version])
     args = parser.parse_args(argv)
     args.version = given_version or "v2"
     hue, probability = args.jitter[3:]
@@ -656,14 +604,18 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
 
 
 def parse_arguments_for(
-    images: common.ImageSet, argv: list[str] | None
+    images: common.ImageSet, args: argparse.Namespace, argv: list[str] | None
 ) -> tuple[argparse.Namespace, dict]:
-    """Parse the flags, with the defaults for these images.
+    """Parse the flags again, with the defaults for these images.
+
+    Args:
+        images: those to train on.
+        args: the flags as they were parsed without a preset.
+        argv: the command line.
 
     Returns:
         The flags, and the defaults of the preset that they have taken.
     """
-    args = parse_arguments(argv)
     side = args.image_size or images.side
     preset = args.preset or common.choose_preset(args.data, side, len(images))
     defaults = {"batch_size": common.default_batch_size(len(images))} | PRESETS[preset]
@@ -679,37 +631,101 @@ def parse_arguments_for(
     return args, taken
 
 
+def default_bn_splits(batch_size: int, processes: int) -> int:
+    """The default of --bn-splits: the groups of images that are normalized together.
+
+    As many equal groups as possible of at least 32 images, at most 8 over all processes. Each
+    process has at least one group, even if it is smaller.
+    """
+    own_images = batch_size // processes
+    most_per_process = max(1, min(8, batch_size // 32) // processes)
+    divisors = [n for n in range(1, most_per_process + 1) if own_images % n == 0]
+    return processes * max(divisors)
+
+
+def default_queue_size(num_images: int, num_keys: int) -> int:
+    """The default of --queue-size.
+
+    The largest power of two that is at most 65,536 and at most an eighth of the images, or the keys
+    of a step if they are more.
+    """
+    eighth = max(1, num_images // 8)
+    power_of_two = 2 ** (eighth.bit_length() - 1)  # the largest one up to `eighth`
+    return max(num_keys, min(65536, power_of_two))
+
+
+def check_bn_splits(bn_splits: int, num_keys: int, processes: int) -> None:
+    """Fail if --bn-splits does not divide the keys of a step, over all processes."""
+    if num_keys % bn_splits or bn_splits == num_keys or bn_splits % processes:
+        common.fail(
+            f"--bn-splits {bn_splits} must be a multiple of {processes}, the number of processes, "
+            f"and divide the {num_keys} images of a step into equal groups of at least two: choose "
+            "another, or a larger --batch-size"
+        )
+
+
+def check_queue_size(queue_size: int, num_keys: int) -> None:
+    """Fail if the keys of a step, over all processes, do not fit into the queue."""
+    if queue_size < num_keys:
+        common.fail(f"--queue-size {queue_size} must be at least {num_keys}, the keys of a step")
+
+
 # --------------------------------------------------------------------------------------
 # Training
 # --------------------------------------------------------------------------------------
 
 
+def find_problems(row: dict, temperature: float, warmed_up: bool) -> list[str]:
+    """Return warnings about the metrics of one epoch.
+
+    Args:
+        row: the metrics.
+        temperature: of the loss.
+        warmed_up: whether the loss should have left chance by now.
+    """
+    found = []
+    if row["spread"] < 0.1:  # 1 if embeddings fill the sphere, 0 if all are equal
+        found.append(
+            "the embeddings collapse (their spread should be near 1, and is near 0): use a lower "
+            "--lr or a longer --warmup-epochs"
+        )
+    # With orthogonal negatives, the loss is at most about 1 / temperature below chance. It cannot
+    # fall below 0 either.
+    reach = min(row["chance"], 1 / temperature)
+    if warmed_up and row["chance"] - row["loss"] < 0.02 * reach:
+        found.append("the loss stays at chance: use another --lr or --temperature")
+    return found
+
+
 def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     """Pretrain, evaluate, and leave the run in --out."""
+    # The flags are parsed now to find the images, and again when the images have set defaults.
     args = parse_arguments(argv)
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = True  # All steps have the same shapes.
     accelerator = common.start_accelerator(args.log_with, args.out)
     common.check_agreement(vars(args))
-    device, processes = accelerator.device, accelerator.num_processes
+    device = accelerator.device
+    processes = accelerator.num_processes
 
     # Data: images to train on, without labels. Labeled training images (the bank) and test images
-    # are used only for evaluation; the watched images are those of the kNN during the run.
-    images, bank, test, watched = common.load_splits(
+    # are used only for evaluation. During the run, kNN is measured on the validation images, which
+    # are those of --holdout or else the test images.
+    images, bank, test, validation = common.load_splits(
         args.data, args.root, args.limit, device, args.workers, args.stream, args.holdout
     )
 
-    # The flags again, with the defaults for these images.
-    args, defaults = parse_arguments_for(images, argv)
+    # The flags again, with the defaults for images of this size and number.
+    args, defaults = parse_arguments_for(images, args, argv)
     accelerator.print(common.describe_preset(args.preset, defaults))
     recipe = augmentation(args.augment, args.image_size, args.crop_scale, args.jitter)
     common.check_batch_size(args.batch_size, len(images), processes)
 
-    keys = args.batch_size * (2 if args.symmetric else 1)  # of a step, over all processes
+    num_keys = args.batch_size * (2 if args.symmetric else 1)  # of a step, over all processes
     args.bn_splits = args.bn_splits or default_bn_splits(args.batch_size, processes)
-    check_bn_splits(args.bn_splits, keys, processes)
-    args.queue_size = args.queue_size or default_queue_size(len(images), keys)
-    check_queue_size(args.queue_size, keys)
-    images_in_queue = args.queue_size * args.batch_size // keys
+    check_bn_splits(args.bn_splits, num_keys, processes)
+    args.queue_size = args.queue_size or default_queue_size(len(images), num_keys)
+    check_queue_size(args.queue_size, num_keys)
+    images_in_queue = args.queue_size * args.batch_size // num_keys
     if images_in_queue > len(images) / 2:
         accelerator.print(
             f"warning: the queue holds keys of more than half of the {len(images)} images, so a "
@@ -717,8 +733,9 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         )
     epoch_steps = len(images) // args.batch_size
     total_steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
-    warmup_steps = min(10 * epoch_steps, total_steps // 10)
-    if args.warmup_epochs is not None:
+    if args.warmup_epochs is None:
+        warmup_steps = min(10 * epoch_steps, total_steps // 10)
+    else:
         warmup_steps = min(round(args.warmup_epochs * epoch_steps), total_steps - 1)
     epochs = math.ceil(total_steps / epoch_steps)
 
@@ -727,17 +744,17 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     norm_layer = nn.BatchNorm2d
     if args.bn_splits > processes:
         norm_layer = partial(SplitBatchNorm, splits=args.bn_splits // processes)
+    mean, std = common.STATISTICS[args.normalize]
     torch.manual_seed(args.seed)
     if args.init:
-        encoder, _ = common.load_encoder(
-            args.init, norm_layer, architecture=args.arch, stem=args.stem
+        encoder = common.load_initial_encoder(
+            args.init, args.arch, args.stem, mean, std, norm_layer
         )
     else:
         encoder = common.build_encoder(args.arch, args.stem, norm_layer)
     args.hidden = args.hidden or encoder.width
     head_widths = [args.hidden] * (args.head_layers - 1) + [args.dim]
     head = torchvision.ops.MLP(encoder.width, head_widths)
-    mean, std = common.STATISTICS[args.normalize]
     normalize = common.Normalize(mean, std)
     network = nn.Sequential(normalize, encoder, head)
     network = network.to(device, memory_format=torch.channels_last)
@@ -748,10 +765,13 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     # "evaluation_mode" only leaves out DDP, which refuses a module without gradients. f_k stays in
     # training mode.
     f_k = accelerator.prepare_model(key_network, evaluation_mode=True)
+    # DDP has given f_q the weights of the first process.
+    key_network.load_state_dict(network.state_dict())
 
     # Run: start a new one, print a finished one, or resume from a checkpoint.
     settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     settings |= {"method": "moco", "images": images.fingerprint}
+    settings |= {"test images": test.fingerprint if test else None}
     settings |= {"mixed_precision": accelerator.mixed_precision}
     common.check_agreement(settings)
     checkpoint, results = common.on_main_process(open_run, args.out, settings, accelerator)
@@ -759,13 +779,16 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         accelerator.print(f"{args.out} is finished:\n{common.format_table(results)}")
         return
 
-    step, losses, rows = 0, [], []  # the losses are those of the current epoch
+    step = 0
+    losses = []  # of the steps of the current epoch
+    rows = []  # the metrics of all epochs
     if checkpoint:
         network.load_state_dict(checkpoint["model"])
         key_network.load_state_dict(checkpoint["key_model"])
         queue.copy_(checkpoint["queue"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        step, rows = checkpoint["step"], checkpoint["rows"]
+        step = checkpoint["step"]
+        rows = checkpoint["rows"]
         losses = list(checkpoint["losses"].to(device))
         accelerator.print(f"resuming after step {step} of {total_steps}")
 
@@ -791,25 +814,29 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     accelerator.print(common.format_header(CONSOLE_METRICS))
     saved_at = time.monotonic()
     while step < total_steps:
-        epoch, first_step, started_at = step // epoch_steps, step, time.monotonic()
+        epoch = step // epoch_steps
+        first_step = step
+        started_at = time.monotonic()
         last_step = min((epoch + 1) * epoch_steps, total_steps)
         epoch_batches = itertools.islice(batches, last_step - step)
         bar = common.progress(epoch_batches, f"epoch {epoch + 1}/{epochs}", last_step - step)
-        for index, (views,) in bar:
+        for index, (views,) in bar:  # views [2, B, 3, S, S]
             if step == 0:
                 common.save_views(args.out / "views.png", images, index, [views])
             lr = learning_rate(step, total_steps, warmup_steps, args.lr, args.schedule)
             optimizer.param_groups[0]["lr"] = lr
 
-            # Algorithm 1. Keys are gathered from all processes, because the queue is the same on
-            # each; queries stay where they are. f_k is updated at the start of a step, as in the
-            # authors' code. In the paper it is at the end, which is the same, because f_k starts as
-            # a copy of f_q. The last number of the generator keeps the shuffle independent of the
-            # views, which are drawn from the other three.
-            x_q, x_k = queries_and_keys(views, args.symmetric)
+            # Algorithm 1. The paper updates f_k at the end of a step, and the authors' code at its
+            # start. Both are the same, because f_k starts as a copy of f_q.
+            x_q, x_k = queries_and_keys(views, args.symmetric)  # [n, 3, S, S] each
             update_key_encoder(f_k, f_q, args.key_momentum)
+
+            # The keys [P * n, D] of all processes, because each has the whole queue. The number 1
+            # keeps their shuffle independent of the views, which the other three numbers seed.
             rng = common.generator(args.seed, epoch, step % epoch_steps, 1)
             k = encode_keys(f_k, x_k, rng, accelerator)
+
+            # The queries [n, D] of this process, and the loss against their own keys.
             q = f_q(x_q.contiguous(memory_format=torch.channels_last)).float()
             q = F.normalize(q, dim=1)
             own_k = k.chunk(processes)[accelerator.process_index]
@@ -851,11 +878,11 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         # Evaluate, report and save.
         if bank and ((epoch + 1) % args.eval_every == 0 or step == total_steps):
             features = nn.Sequential(normalize, encoder)
-            row["knn"] = common.knn_accuracy(features, bank, watched, args.image_size)
+            row["knn"] = common.knn_accuracy(features, bank, validation, args.image_size)
         rows.append(row)
         accelerator.print(common.format_row(row, CONSOLE_METRICS))
         # The loss says little until keys have replaced the random vectors in the queue.
-        fill_steps = args.queue_size // keys
+        fill_steps = args.queue_size // num_keys
         warmed_up = step > max(warmup_steps, epoch_steps, fill_steps)
         for problem in find_problems(row, args.temperature, warmed_up):
             accelerator.print(f"warning: {problem}")
@@ -876,9 +903,9 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         "std": list(std),
         "data": args.data,
     }
-    common.finish(args.out, encoder, about, bank, test, watched, args.seed, rows[-1])
-    # Accelerate's end_training would also part the processes, for which it is too early while the
-    # model is alive. `common.entry_point` does that.
+    common.finish(args.out, encoder, about, bank, test, validation, args.seed, rows[-1])
+    # Accelerate's end_training would also destroy the process group, to which DDP still refers.
+    # `common.entry_point` does it later.
     for tracker in accelerator.trackers:
         tracker.finish()
 

@@ -100,7 +100,7 @@ SMALL_NETWORK_PEAK_LR = PEAK_LR | {"adamw": 0.016}  # for --arch small, which ta
 CONSOLE_METRICS = ("knn",)  # shown besides loss, chance, spread and speed
 MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
 SAVE_MINUTES = 10  # A longer epoch also saves checkpoints midway.
-RUN_FORMAT = 4  # of the files in --out; runs of another format are refused
+RUN_FORMAT = 5  # of the files in --out; runs of another format are refused
 
 
 # --------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def augmentation(names: list[str], size: int, crop_scale: float, strength: float
         "gray": RandomApply(grayscale, p=0.2),
         "blur": RandomApply(GaussianBlur(kernel_size, sigma=(0.1, 2.0)), p=0.5),
     }
-    if "crop" not in names:  # The whole image is resized to a square, and not flipped.
+    if "crop" not in names:  # The middle square is shown, and not flipped.
         operations["crop"] = RandomResizedCrop(size, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
     return [operation for name, operation in operations.items() if name in ("crop", *names)]
 
@@ -143,6 +143,12 @@ def projection_head(width: int, layers: int, hidden: int, dim: int) -> nn.Sequen
 
     Each layer is linear without bias, followed by batch norm and, except the last, by ReLU.
     The last batch norm has a scale but no shift, as in the authors' code.
+
+    Args:
+        width: of h.
+        layers: from 0 to 3.
+        hidden: width of the inner layers.
+        dim: of z.
     """
     widths = [width] + [hidden] * (layers - 1) + [dim]
     head = []
@@ -193,7 +199,8 @@ def lower_bound(N: int, temperature: float) -> float:
     """Lower bound of the NT-Xent loss of N images.
 
     It would be reached if both views of an image coincided and the images formed a simplex, in
-    which the cosine of any two is -1 / (N - 1). That takes N - 1 dimensions or more.
+    which the cosine of any two is -1 / (N - 1). That takes N - 1 dimensions or more. Each positive
+    pair then has the cosine 1, which is N / (N - 1) more than that of the 2N - 2 others.
     """
     return math.log1p((2 * N - 2) * math.exp(-N / (N - 1) / temperature))
 
@@ -209,19 +216,6 @@ def gather(z: Tensor, accelerator: Accelerator) -> Tensor:
     # The value of z, with its gradient multiplied by P.
     parts[accelerator.process_index] = z.detach() + P * (z - z.detach())
     return torch.cat(parts)
-
-
-def find_problems(row: dict, warmed_up: bool) -> list[str]:
-    """Return warnings about the metrics of one epoch."""
-    found = []
-    if row["spread"] < 0.1:  # 1 if embeddings fill the sphere, 0 if all are equal
-        found.append(
-            "the embeddings collapse (their spread should be near 1, and is near 0): use a lower "
-            "--lr or a longer --warmup-epochs"
-        )
-    if warmed_up and row["chance"] - row["loss"] < 0.02 * (row["chance"] - row["bound"]):
-        found.append("the loss stays at chance: use another --lr or --temperature")
-    return found
 
 
 # --------------------------------------------------------------------------------------
@@ -291,7 +285,8 @@ class LARS(torch.optim.Optimizer):
         p <- p - buffer
 
     The learning rate is inside the buffer, so that a new rate does not rescale past gradients.
-    One-dimensional parameters (batch norm, biases) are neither decayed nor adapted.
+    One-dimensional parameters (batch norm, biases) are neither decayed nor adapted. The factor
+    trust_coefficient * |p| / |g| is 1 where |p| or |g| is 0.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust_coefficient=0.001):
@@ -311,12 +306,12 @@ class LARS(torch.optim.Optimizer):
         # parameters would make so many small calls that a GPU waits for them.
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if not params:
+            if not params:  # torch's _foreach functions refuse empty lists.
                 continue
-            wide = [p for p in params if p.ndim > 1]
-            narrow = [p for p in params if p.ndim <= 1]
-            params = wide + narrow
-            g = self.adapt(wide, group) + [p.grad for p in narrow]
+            weights = [p for p in params if p.ndim > 1]
+            others = [p for p in params if p.ndim <= 1]  # batch norm and biases
+            params = weights + others
+            g = self.adapt(weights, group) + [p.grad for p in others]
 
             for p in params:
                 if not self.state[p]:
@@ -372,15 +367,20 @@ def open_run(
         accelerator: the run's.
 
     Returns:
-        The checkpoint to resume from, and the results of the run if it is finished. Each is None if
-        there is none yet.
+        The checkpoint to resume from, or None if the run is new or finished; and the results of the
+        run, or None if it is not finished.
 
     Raises:
         SystemExit: if the folder holds anything else, or cannot be used. The message is one line.
     """
     path = out / "config.json"
-    if not path.exists():
-        if any(out.glob("[!.]*")):
+    try:
+        is_new = not path.exists()
+        is_empty = not any(out.glob("[!.]*"))
+    except OSError as error:
+        common.fail(f"{out} cannot be used ({error}): choose another --out")
+    if is_new:
+        if not is_empty:
             common.fail(f"{out} is not empty and does not hold a run: choose another --out")
         packages = {name: version(name) for name in ("torch", "torchvision", "accelerate")}
         devices = f"{accelerator.num_processes} x {accelerator.device}"
@@ -398,9 +398,11 @@ def open_run(
             f"{out} holds a run with other settings ({previous}): "
             "repeat its command to resume it, or choose another --out"
         )
+    results = common.read_results(out)
     checkpoint = out / "checkpoint.pt"
-    state = common.read_checkpoint(checkpoint) if checkpoint.exists() else None
-    return state, common.read_results(out)
+    if results or not checkpoint.exists():
+        return None, results
+    return common.read_checkpoint(checkpoint), None
 
 
 def save_run(out: Path, state: dict) -> None:
@@ -558,14 +560,18 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
 
 
 def parse_arguments_for(
-    images: common.ImageSet, argv: list[str] | None
+    images: common.ImageSet, args: argparse.Namespace, argv: list[str] | None
 ) -> tuple[argparse.Namespace, dict]:
-    """Parse the flags, with the defaults for these images.
+    """Parse the flags again, with the defaults for these images.
+
+    Args:
+        images: those to train on.
+        args: the flags as they were parsed without a preset.
+        argv: the command line.
 
     Returns:
         The flags, and the defaults of the preset that they have taken.
     """
-    args = parse_arguments(argv)
     side = args.image_size or images.side
     preset = args.preset or common.choose_preset(args.data, side, len(images))
     defaults = {"batch_size": common.default_batch_size(len(images))} | PRESETS[preset]
@@ -586,37 +592,55 @@ def parse_arguments_for(
 # --------------------------------------------------------------------------------------
 
 
+def find_problems(row: dict, warmed_up: bool) -> list[str]:
+    """Return warnings about the metrics of one epoch."""
+    found = []
+    if row["spread"] < 0.1:  # 1 if embeddings fill the sphere, 0 if all are equal
+        found.append(
+            "the embeddings collapse (their spread should be near 1, and is near 0): use a lower "
+            "--lr or a longer --warmup-epochs"
+        )
+    if warmed_up and row["chance"] - row["loss"] < 0.02 * (row["chance"] - row["bound"]):
+        found.append("the loss stays at chance: use another --lr or --temperature")
+    return found
+
+
 def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     """Pretrain, evaluate, and leave the run in --out."""
+    # The flags are parsed now to find the images, and again when the images have set defaults.
     args = parse_arguments(argv)
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = True  # All steps have the same shapes.
     accelerator = common.start_accelerator(args.log_with, args.out)
     common.check_agreement(vars(args))
-    device, processes = accelerator.device, accelerator.num_processes
+    device = accelerator.device
+    processes = accelerator.num_processes
 
     # Data: images to train on, without labels. Labeled training images (the bank) and test images
-    # are used only for evaluation; the watched images are those of the kNN during the run.
-    images, bank, test, watched = common.load_splits(
+    # are used only for evaluation. During the run, kNN is measured on the validation images, which
+    # are those of --holdout or else the test images.
+    images, bank, test, validation = common.load_splits(
         args.data, args.root, args.limit, device, args.workers, args.stream, args.holdout
     )
 
-    # The flags again, with the defaults for these images.
-    args, defaults = parse_arguments_for(images, argv)
+    # The flags again, with the defaults for images of this size and number.
+    args, defaults = parse_arguments_for(images, args, argv)
     accelerator.print(common.describe_preset(args.preset, defaults))
     recipe = augmentation(args.augment, args.image_size, args.crop_scale, args.color_strength)
     common.check_batch_size(args.batch_size, len(images), processes)
     common.check_chunk_size(args.chunk_size, args.batch_size // processes)
     epoch_steps = len(images) // args.batch_size
     total_steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
-    warmup_steps = min(10 * epoch_steps, total_steps // 10)
-    if args.warmup_epochs is not None:
+    if args.warmup_epochs is None:
+        warmup_steps = min(10 * epoch_steps, total_steps // 10)
+    else:
         warmup_steps = min(round(args.warmup_epochs * epoch_steps), total_steps - 1)
     epochs = math.ceil(total_steps / epoch_steps)
 
     # Model: f and g in one module, so that a step is one forward pass.
+    mean, std = common.STATISTICS["none"]  # The inputs are not normalized.
     torch.manual_seed(args.seed)
     if args.init:
-        encoder, _ = common.load_encoder(args.init, architecture=args.arch, stem=args.stem)
+        encoder = common.load_initial_encoder(args.init, args.arch, args.stem, mean, std)
     else:
         encoder = common.build_encoder(args.arch, args.stem)
     args.hidden = args.hidden or encoder.width
@@ -630,6 +654,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     # Run: start a new one, print a finished one, or resume from a checkpoint.
     settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     settings |= {"method": "simclr", "images": images.fingerprint}
+    settings |= {"test images": test.fingerprint if test else None}
     settings |= {"mixed_precision": accelerator.mixed_precision}
     common.check_agreement(settings)
     checkpoint, results = common.on_main_process(open_run, args.out, settings, accelerator)
@@ -637,11 +662,14 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         accelerator.print(f"{args.out} is finished:\n{common.format_table(results)}")
         return
 
-    step, losses, rows = 0, [], []  # the losses are those of the current epoch
+    step = 0
+    losses = []  # of the steps of the current epoch
+    rows = []  # the metrics of all epochs
     if checkpoint:
         network.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        step, rows = checkpoint["step"], checkpoint["rows"]
+        step = checkpoint["step"]
+        rows = checkpoint["rows"]
         losses = list(checkpoint["losses"].to(device))
         accelerator.print(f"resuming after step {step} of {total_steps}")
 
@@ -665,24 +693,27 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     accelerator.print(common.format_header(CONSOLE_METRICS))
     saved_at = time.monotonic()
     while step < total_steps:
-        epoch, first_step, started_at = step // epoch_steps, step, time.monotonic()
+        epoch = step // epoch_steps
+        first_step = step
+        started_at = time.monotonic()
         last_step = min((epoch + 1) * epoch_steps, total_steps)
         epoch_batches = itertools.islice(batches, last_step - step)
         bar = common.progress(epoch_batches, f"epoch {epoch + 1}/{epochs}", last_step - step)
-        for index, (views,) in bar:
+        for index, (views,) in bar:  # views [2, B, 3, S, S]
             if step == 0:
                 common.save_views(args.out / "views.png", images, index, [views])
             lr = learning_rate(step, total_steps, warmup_steps, args.lr)
             optimizer.param_groups[0]["lr"] = lr
 
-            # Algorithm 1: both views [2, B, 3, S, S] of every image through f and g, then Eq. 1
-            # on the batch of all processes. `gather` joins along the first dimension, so the
-            # images come first.
+            # Algorithm 1: both views of every image through f and g.
             if args.chunk_size:
                 z = embed_in_chunks(model, views, args.chunk_size)
             else:
-                z = embed(model, views)
-            z1, z2 = gather(z, accelerator).unbind(1)
+                z = embed(model, views)  # [B, 2, D]
+
+            # Eq. 1 on the batch of all processes, N images. `gather` joins along the first
+            # dimension, so the images come first.
+            z1, z2 = gather(z, accelerator).unbind(1)  # [N, D] each
             loss = nt_xent(z1, z2, args.temperature)
 
             optimizer.zero_grad()
@@ -722,7 +753,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
 
         # Evaluate, report and save.
         if bank and ((epoch + 1) % args.eval_every == 0 or step == total_steps):
-            row["knn"] = common.knn_accuracy(encoder, bank, watched, args.image_size)
+            row["knn"] = common.knn_accuracy(encoder, bank, validation, args.image_size)
         rows.append(row)
         accelerator.print(common.format_row(row, CONSOLE_METRICS))
         for problem in find_problems(row, step > max(warmup_steps, epoch_steps)):
@@ -740,13 +771,13 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         "architecture": args.arch,
         "stem": args.stem,
         "image_size": args.image_size,
-        "mean": [0.0, 0.0, 0.0],  # The inputs are not normalized.
-        "std": [1.0, 1.0, 1.0],
+        "mean": list(mean),
+        "std": list(std),
         "data": args.data,
     }
-    common.finish(args.out, encoder, about, bank, test, watched, args.seed, rows[-1])
-    # Accelerate's end_training would also part the processes, for which it is too early while the
-    # model is alive. `common.entry_point` does that.
+    common.finish(args.out, encoder, about, bank, test, validation, args.seed, rows[-1])
+    # Accelerate's end_training would also destroy the process group, to which DDP still refers.
+    # `common.entry_point` does it later.
     for tracker in accelerator.trackers:
         tracker.finish()
 

@@ -101,7 +101,7 @@ LOSSES = ("out", "in", "ce")
 CONSOLE_METRICS = {"out": ("knn",), "in": ("knn",), "ce": ("knn", "classifier")}
 MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
 SAVE_MINUTES = 10  # A longer epoch also saves checkpoints midway.
-RUN_FORMAT = 4  # of the files in --out; runs of another format are refused
+RUN_FORMAT = 5  # of the files in --out; runs of another format are refused
 
 
 # --------------------------------------------------------------------------------------
@@ -129,17 +129,17 @@ def augmentation(names: list[str], size: int, crop_scale: float, strength: float
         "gray": RandomApply(grayscale, p=0.2),
         "blur": RandomApply(GaussianBlur(kernel_size, sigma=(0.1, 2.0)), p=0.5),
     }
-    if "crop" not in names:  # The whole image is resized to a square, and not flipped.
+    if "crop" not in names:  # The middle square is shown, and not flipped.
         operations["crop"] = RandomResizedCrop(size, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
     return [operation for name, operation in operations.items() if name in ("crop", *names)]
 
 
-def mislabel(labels: Tensor, classes: int, share: float, seed: int) -> Tensor:
+def mislabel(labels: Tensor, num_classes: int, share: float, seed: int) -> Tensor:
     """Give a share of the labels [N] another class, drawn at random."""
     rng = common.generator(seed)
     chosen = torch.randperm(len(labels), generator=rng)[: round(share * len(labels))]
-    shift = torch.randint(1, classes, (len(chosen),), generator=rng)
-    return labels.index_copy(0, chosen, (labels[chosen] + shift) % classes)
+    shift = torch.randint(1, num_classes, (len(chosen),), generator=rng)
+    return labels.index_copy(0, chosen, (labels[chosen] + shift) % num_classes)
 
 
 def share_alone(labels: Tensor, batch_size: int) -> float:
@@ -242,23 +242,6 @@ def gather(z: Tensor, accelerator: Accelerator) -> Tensor:
     return torch.cat(parts)
 
 
-def find_problems(row: dict, warmed_up: bool) -> list[str]:
-    """Return warnings about the metrics of one epoch."""
-    found = []
-    if row["spread"] < 0.1:  # 1 if embeddings fill the sphere, 0 if all are equal
-        found.append(
-            "the embeddings collapse (their spread should be near 1, and is near 0): use a lower "
-            "--lr or a longer --warmup-epochs"
-        )
-    # With few classes, even a perfect network has a loss that is only a little below chance.
-    if warmed_up and row["chance"] - row["loss"] < 0.003 * row["chance"]:
-        found.append(
-            "the loss stays at chance: use another --lr or, with --loss out and in, another "
-            "--temperature (with few classes or many wrong labels, there is little to gain)"
-        )
-    return found
-
-
 # --------------------------------------------------------------------------------------
 # Embeddings of a batch, at once or in chunks
 # --------------------------------------------------------------------------------------
@@ -348,15 +331,20 @@ def open_run(
         accelerator: the run's.
 
     Returns:
-        The checkpoint to resume from, and the results of the run if it is finished. Each is None if
-        there is none yet.
+        The checkpoint to resume from, or None if the run is new or finished; and the results of the
+        run, or None if it is not finished.
 
     Raises:
         SystemExit: if the folder holds anything else, or cannot be used. The message is one line.
     """
     path = out / "config.json"
-    if not path.exists():
-        if any(out.glob("[!.]*")):
+    try:
+        is_new = not path.exists()
+        is_empty = not any(out.glob("[!.]*"))
+    except OSError as error:
+        common.fail(f"{out} cannot be used ({error}): choose another --out")
+    if is_new:
+        if not is_empty:
             common.fail(f"{out} is not empty and does not hold a run: choose another --out")
         packages = {name: version(name) for name in ("torch", "torchvision", "accelerate")}
         devices = f"{accelerator.num_processes} x {accelerator.device}"
@@ -374,9 +362,11 @@ def open_run(
             f"{out} holds a run with other settings ({previous}): "
             "repeat its command to resume it, or choose another --out"
         )
+    results = common.read_results(out)
     checkpoint = out / "checkpoint.pt"
-    state = common.read_checkpoint(checkpoint) if checkpoint.exists() else None
-    return state, common.read_results(out)
+    if results or not checkpoint.exists():
+        return None, results
+    return common.read_checkpoint(checkpoint), None
 
 
 def save_run(out: Path, state: dict) -> None:
@@ -573,14 +563,18 @@ def batch_size_for(labels: Tensor) -> int:
 
 
 def parse_arguments_for(
-    images: common.ImageSet, argv: list[str] | None
+    images: common.ImageSet, args: argparse.Namespace, argv: list[str] | None
 ) -> tuple[argparse.Namespace, dict]:
-    """Parse the flags, with the defaults for these images.
+    """Parse the flags again, with the defaults for these images.
+
+    Args:
+        images: those to train on.
+        args: the flags as they were parsed without a preset.
+        argv: the command line.
 
     Returns:
         The flags, and the defaults of the preset that they have taken.
     """
-    args = parse_arguments(argv)
     side = args.image_size or images.side
     preset = args.preset or common.choose_preset(args.data, side, len(images))
     defaults = {"batch_size": batch_size_for(images.labels)} | PRESETS[preset]
@@ -608,17 +602,37 @@ def classifier_accuracy(network: nn.Sequential, images: common.ImageSet, size: i
     return common.accuracy(scores, images.labels)
 
 
+def find_problems(row: dict, warmed_up: bool) -> list[str]:
+    """Return warnings about the metrics of one epoch."""
+    found = []
+    if row["spread"] < 0.1:  # 1 if embeddings fill the sphere, 0 if all are equal
+        found.append(
+            "the embeddings collapse (their spread should be near 1, and is near 0): use a lower "
+            "--lr or a longer --warmup-epochs"
+        )
+    # With few classes, even a perfect network has a loss that is only a little below chance.
+    if warmed_up and row["chance"] - row["loss"] < 0.003 * row["chance"]:
+        found.append(
+            "the loss stays at chance: use another --lr or, with --loss out and in, another "
+            "--temperature (with few classes or many wrong labels, there is little to gain)"
+        )
+    return found
+
+
 def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     """Pretrain, evaluate, and leave the run in --out."""
+    # The flags are parsed now to find the images, and again when the images have set defaults.
     args = parse_arguments(argv)
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = True  # All steps have the same shapes.
     accelerator = common.start_accelerator(args.log_with, args.out)
     common.check_agreement(vars(args))
-    device, processes = accelerator.device, accelerator.num_processes
+    device = accelerator.device
+    processes = accelerator.num_processes
 
     # Data: labeled images to train on, which are also the bank of the evaluation, and test images.
-    # The watched images are those of the evaluation during the run.
-    _, images, test, watched = common.load_splits(
+    # During the run, kNN is measured on the validation images, which are those of --holdout or else
+    # the test images.
+    _, images, test, validation = common.load_splits(
         args.data, args.root, args.limit, device, args.workers, args.stream, args.holdout
     )
     if not images or images.labels.unique().numel() < 2:
@@ -627,15 +641,15 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             "or test, each with one folder per class, an .npz file with labels, or one of "
             f"{', '.join(common.SETS)}"
         )
-    classes = len(images.classes)
+    num_classes = len(images.classes)
 
-    # The flags again, with the defaults for these images.
-    args, defaults = parse_arguments_for(images, argv)
+    # The flags again, with the defaults for images of this size and number.
+    args, defaults = parse_arguments_for(images, args, argv)
     accelerator.print(common.describe_preset(args.preset, defaults))
     recipe = augmentation(args.augment, args.image_size, args.crop_scale, args.color_strength)
     common.check_batch_size(args.batch_size, len(images), processes)
     common.check_chunk_size(args.chunk_size, args.batch_size // processes)
-    labels = mislabel(images.labels, classes, args.label_noise, args.seed).to(device)
+    labels = mislabel(images.labels, num_classes, args.label_noise, args.seed).to(device)
     alone = share_alone(labels, args.batch_size)
     if args.loss != "ce" and alone > 0.1:
         accelerator.print(
@@ -645,24 +659,25 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         )
     epoch_steps = len(images) // args.batch_size
     total_steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
-    warmup_steps = min(10 * epoch_steps, total_steps // 10)
-    if args.warmup_epochs is not None:
+    if args.warmup_epochs is None:
+        warmup_steps = min(10 * epoch_steps, total_steps // 10)
+    else:
         warmup_steps = min(round(args.warmup_epochs * epoch_steps), total_steps - 1)
     epochs = math.ceil(total_steps / epoch_steps)
 
     # Model: encoder and head (for cross-entropy, a classifier) in one module, so that a step is one
     # forward pass.
+    mean, std = common.STATISTICS[args.normalize]
     torch.manual_seed(args.seed)
     if args.init:
-        encoder, _ = common.load_encoder(args.init, architecture=args.arch, stem=args.stem)
+        encoder = common.load_initial_encoder(args.init, args.arch, args.stem, mean, std)
     else:
         encoder = common.build_encoder(args.arch, args.stem)
     args.hidden = args.hidden or encoder.width
     head_widths = [args.hidden] * (args.head_layers - 1) + [args.dim]
     head = torchvision.ops.MLP(encoder.width, head_widths)
     if args.loss == "ce":  # The unused head has drawn random numbers, as in earlier versions.
-        head = nn.Linear(encoder.width, classes)
-    mean, std = common.STATISTICS[args.normalize]
+        head = nn.Linear(encoder.width, num_classes)
     normalize = common.Normalize(mean, std)
     network = nn.Sequential(normalize, encoder, head)
     network = network.to(device, memory_format=torch.channels_last)
@@ -673,7 +688,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
 
     # Run: start a new one, print a finished one, or resume from a checkpoint.
     settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
-    settings |= {"method": "supcon", "images": images.fingerprint, "classes": classes}
+    settings |= {"method": "supcon", "images": images.fingerprint, "classes": num_classes}
+    settings |= {"test images": test.fingerprint}
     settings |= {"mixed_precision": accelerator.mixed_precision}
     common.check_agreement(settings)
     checkpoint, results = common.on_main_process(open_run, args.out, settings, accelerator)
@@ -681,11 +697,14 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         accelerator.print(f"{args.out} is finished:\n{common.format_table(results)}")
         return
 
-    step, losses, rows = 0, [], []  # the losses are those of the current epoch
+    step = 0
+    losses = []  # of the steps of the current epoch
+    rows = []  # the metrics of all epochs
     if checkpoint:
         network.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        step, rows = checkpoint["step"], checkpoint["rows"]
+        step = checkpoint["step"]
+        rows = checkpoint["rows"]
         losses = list(checkpoint["losses"].to(device))
         accelerator.print(f"resuming after step {step} of {total_steps}")
 
@@ -706,29 +725,32 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         images, recipes, args.batch_size, args.seed, start=step, stop=total_steps
     )
     # The loss while all embeddings or, for cross-entropy, the scores of all classes are equal.
-    chance = math.log(classes if args.loss == "ce" else 2 * args.batch_size - 1)
+    chance = math.log(num_classes if args.loss == "ce" else 2 * args.batch_size - 1)
     accelerator.init_trackers("supcon", {name: str(value) for name, value in settings.items()})
     accelerator.print(common.format_header(CONSOLE_METRICS[args.loss]))
     saved_at = time.monotonic()
     while step < total_steps:
-        epoch, first_step, started_at = step // epoch_steps, step, time.monotonic()
+        epoch = step // epoch_steps
+        first_step = step
+        started_at = time.monotonic()
         last_step = min((epoch + 1) * epoch_steps, total_steps)
         epoch_batches = itertools.islice(batches, last_step - step)
         bar = common.progress(epoch_batches, f"epoch {epoch + 1}/{epochs}", last_step - step)
-        for index, (views,) in bar:
+        for index, (views,) in bar:  # views [2, B, 3, S, S]
             if step == 0:
                 common.save_views(args.out / "views.png", images, index, [views])
             lr = learning_rate(step, total_steps, warmup_steps, args.lr)
             optimizer.param_groups[0]["lr"] = lr
 
-            # Both views [2, B, 3, S, S] of every image through encoder and head, then the loss of
-            # the batch of all processes. `gather` joins along the first dimension, so the images
-            # come first.
+            # Both views of every image through encoder and head.
             if args.chunk_size:
                 z = embed_in_chunks(model, views, args.chunk_size)
             else:
-                z = embed(model, views)
-            all_z = gather(z, accelerator)
+                z = embed(model, views)  # [B, 2, D]
+
+            # The loss of the batch of all processes, N images with labels y. `gather` joins along
+            # the first dimension, so the images come first.
+            all_z = gather(z, accelerator)  # [N, 2, D]
             y = accelerator.gather(labels[common.to_device_of(labels, index)])
             if args.loss == "ce":
                 loss = F.cross_entropy(all_z.flatten(0, 1), y.repeat_interleave(2))
@@ -773,9 +795,9 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         # Evaluate, report and save.
         if (epoch + 1) % args.eval_every == 0 or step == total_steps:
             features = nn.Sequential(normalize, encoder)
-            row["knn"] = common.knn_accuracy(features, images, watched, args.image_size)
+            row["knn"] = common.knn_accuracy(features, images, validation, args.image_size)
             if args.loss == "ce":
-                row["classifier"] = classifier_accuracy(network, watched, args.image_size)
+                row["classifier"] = classifier_accuracy(network, validation, args.image_size)
         rows.append(row)
         accelerator.print(common.format_row(row, CONSOLE_METRICS[args.loss]))
         for problem in find_problems(row, step > max(warmup_steps, epoch_steps)):
@@ -802,10 +824,10 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         "data": args.data,
     }
     common.finish(
-        args.out, encoder, about, images, test, watched, args.seed, rows[-1], classifier_row
+        args.out, encoder, about, images, test, validation, args.seed, rows[-1], classifier_row
     )
-    # Accelerate's end_training would also part the processes, for which it is too early while the
-    # model is alive. `common.entry_point` does that.
+    # Accelerate's end_training would also destroy the process group, to which DDP still refers.
+    # `common.entry_point` does it later.
     for tracker in accelerator.trackers:
         tracker.finish()
 

@@ -111,7 +111,7 @@ SMALL_NETWORK_PEAK_LR = PEAK_LR | {"adamw": 0.004}  # for --arch small, which ta
 CONSOLE_METRICS = ("prototypes", "knn")  # shown besides loss, chance, spread and speed
 MAY_CHANGE = ("root", "workers", "out", "eval_every", "log_with")  # when a run is resumed
 SAVE_MINUTES = 10  # A longer epoch also saves checkpoints midway.
-RUN_FORMAT = 4  # of the files in --out; runs of another format are refused
+RUN_FORMAT = 5  # of the files in --out; runs of another format are refused
 
 
 # --------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def augmentation(
         "gray": RandomApply(grayscale, p=0.2),
         "blur": RandomApply(GaussianBlur(kernel_size, sigma=(0.1, 2.0)), p=0.5),
     }
-    if "crop" not in names:  # The whole image is resized to a square, and not flipped.
+    if "crop" not in names:  # The middle square is shown, and not flipped.
         operations["crop"] = RandomResizedCrop(size, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
     return [operation for name, operation in operations.items() if name in ("crop", *names)]
 
@@ -294,30 +294,6 @@ def swapped_prediction_loss(scores: Tensor, codes: Tensor, temperature: float) -
     return (cross_entropy.sum() - cross_entropy.trace()) / (2 * (V - 1))
 
 
-def find_problems(rows: list[dict], warmed_up: bool) -> list[str]:
-    """Return warnings about the metrics of the last epoch.
-
-    Args:
-        rows: the metrics of all epochs. A loss that passes chance on its way down is no problem.
-        warmed_up: whether the loss should have left chance by now.
-    """
-    row = rows[-1]
-    at_chance = abs(row["loss"] / row["chance"] - 1) < 0.02
-    is_falling = len(rows) > 1 and rows[-2]["loss"] - row["loss"] > 0.02
-    found = []
-    if warmed_up and row["spread"] < 0.1:  # 1 if embeddings fill the sphere, 0 if all are equal
-        found.append(
-            "the embeddings collapse (their spread should be near 1, and is near 0): use a lower "
-            "--lr or --epsilon, or fewer --prototypes"
-        )
-    if warmed_up and at_chance and not is_falling:
-        found.append(
-            "the loss stays at chance: use a lower --epsilon, a longer --freeze-prototypes, a "
-            "later --queue-start or fewer --prototypes"
-        )
-    return found
-
-
 # --------------------------------------------------------------------------------------
 # Optimizer and schedule
 # --------------------------------------------------------------------------------------
@@ -396,15 +372,20 @@ def open_run(
         accelerator: the run's.
 
     Returns:
-        The checkpoint to resume from, and the results of the run if it is finished. Each is None if
-        there is none yet.
+        The checkpoint to resume from, or None if the run is new or finished; and the results of the
+        run, or None if it is not finished.
 
     Raises:
         SystemExit: if the folder holds anything else, or cannot be used. The message is one line.
     """
     path = out / "config.json"
-    if not path.exists():
-        if any(out.glob("[!.]*")):
+    try:
+        is_new = not path.exists()
+        is_empty = not any(out.glob("[!.]*"))
+    except OSError as error:
+        common.fail(f"{out} cannot be used ({error}): choose another --out")
+    if is_new:
+        if not is_empty:
             common.fail(f"{out} is not empty and does not hold a run: choose another --out")
         packages = {name: version(name) for name in ("torch", "torchvision", "accelerate")}
         devices = f"{accelerator.num_processes} x {accelerator.device}"
@@ -422,9 +403,11 @@ def open_run(
             f"{out} holds a run with other settings ({previous}): "
             "repeat its command to resume it, or choose another --out"
         )
+    results = common.read_results(out)
     checkpoint = out / "checkpoint.pt"
-    state = common.read_checkpoint(checkpoint) if checkpoint.exists() else None
-    return state, common.read_results(out)
+    if results or not checkpoint.exists():
+        return None, results
+    return common.read_checkpoint(checkpoint), None
 
 
 def save_run(out: Path, state: dict) -> None:
@@ -649,14 +632,18 @@ def parse_arguments(argv: list[str] | None, preset: dict | None = None) -> argpa
 
 
 def parse_arguments_for(
-    images: common.ImageSet, argv: list[str] | None
+    images: common.ImageSet, args: argparse.Namespace, argv: list[str] | None
 ) -> tuple[argparse.Namespace, dict]:
-    """Parse the flags, with the defaults for these images.
+    """Parse the flags again, with the defaults for these images.
+
+    Args:
+        images: those to train on.
+        args: the flags as they were parsed without a preset.
+        argv: the command line.
 
     Returns:
         The flags, and the defaults of the preset that they have taken.
     """
-    args = parse_arguments(argv)
     side = args.crop_sizes[0] if args.crop_sizes else images.side
     preset = args.preset or common.choose_preset(args.data, side, len(images))
     defaults = {"batch_size": common.default_batch_size(len(images))} | PRESETS[preset]
@@ -708,30 +695,58 @@ def build_recipes(args: argparse.Namespace) -> list[tuple[int, list]]:
     return recipes
 
 
+def find_problems(rows: list[dict], warmed_up: bool) -> list[str]:
+    """Return warnings about the metrics of the last epoch.
+
+    Args:
+        rows: the metrics of all epochs. A loss that passes chance on its way down is no problem.
+        warmed_up: whether the loss should have left chance by now.
+    """
+    row = rows[-1]
+    at_chance = abs(row["loss"] / row["chance"] - 1) < 0.02
+    is_falling = len(rows) > 1 and rows[-2]["loss"] - row["loss"] > 0.02
+    found = []
+    if warmed_up and row["spread"] < 0.1:  # 1 if embeddings fill the sphere, 0 if all are equal
+        found.append(
+            "the embeddings collapse (their spread should be near 1, and is near 0): use a lower "
+            "--lr or --epsilon, or fewer --prototypes"
+        )
+    if warmed_up and at_chance and not is_falling:
+        found.append(
+            "the loss stays at chance: use a lower --epsilon, a longer --freeze-prototypes, a "
+            "later --queue-start or fewer --prototypes"
+        )
+    return found
+
+
 def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     """Pretrain, evaluate, and leave the run in --out."""
+    # The flags are parsed now to find the images, and again when the images have set defaults.
     args = parse_arguments(argv)
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = True  # All steps have the same shapes.
     accelerator = common.start_accelerator(args.log_with, args.out)
     common.check_agreement(vars(args))
-    device, processes = accelerator.device, accelerator.num_processes
+    device = accelerator.device
+    processes = accelerator.num_processes
 
     # Data: images to train on, without labels. Labeled training images (the bank) and test images
-    # are used only for evaluation; the watched images are those of the kNN during the run.
-    images, bank, test, watched = common.load_splits(
+    # are used only for evaluation. During the run, kNN is measured on the validation images, which
+    # are those of --holdout or else the test images.
+    images, bank, test, validation = common.load_splits(
         args.data, args.root, args.limit, device, args.workers, args.stream, args.holdout
     )
 
-    # The flags again, with the defaults for these images.
-    args, defaults = parse_arguments_for(images, argv)
+    # The flags again, with the defaults for images of this size and number.
+    args, defaults = parse_arguments_for(images, args, argv)
     accelerator.print(common.describe_preset(args.preset, defaults))
     large_size = args.crop_sizes[0]
     recipes = build_recipes(args)
     common.check_batch_size(args.batch_size, len(images), processes)
     epoch_steps = len(images) // args.batch_size
     total_steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
-    warmup_steps = min(10 * epoch_steps, total_steps // 10)
-    if args.warmup_epochs is not None:
+    if args.warmup_epochs is None:
+        warmup_steps = min(10 * epoch_steps, total_steps // 10)
+    else:
         warmup_steps = min(round(args.warmup_epochs * epoch_steps), total_steps - 1)
     epochs = math.ceil(total_steps / epoch_steps)
 
@@ -751,14 +766,14 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         )
 
     # Model: encoder, head and prototypes in one module, so that a step is one forward pass.
+    mean, std = common.STATISTICS[args.normalize]
     torch.manual_seed(args.seed)
     if args.init:
-        encoder, _ = common.load_encoder(args.init, architecture=args.arch, stem=args.stem)
+        encoder = common.load_initial_encoder(args.init, args.arch, args.stem, mean, std)
     else:
         encoder = common.build_encoder(args.arch, args.stem)
     args.hidden = args.hidden or encoder.width
     head_widths = [args.hidden] * (args.head_layers - 1) + [args.dim]
-    mean, std = common.STATISTICS[args.normalize]
     normalize = common.Normalize(mean, std)
     network = SwAV(normalize, encoder, head_widths, args.prototypes)
     network = network.to(device, memory_format=torch.channels_last)
@@ -772,6 +787,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     # Run: start a new one, print a finished one, or resume from a checkpoint.
     settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     settings |= {"method": "swav", "images": images.fingerprint}
+    settings |= {"test images": test.fingerprint if test else None}
     settings |= {"mixed_precision": accelerator.mixed_precision}
     common.check_agreement(settings)
     checkpoint, results = common.on_main_process(open_run, args.out, settings, accelerator)
@@ -779,14 +795,17 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         accelerator.print(f"{args.out} is finished:\n{common.format_table(results)}")
         return
 
-    step, losses, rows = 0, [], []  # the losses are those of the current epoch
+    step = 0
+    losses = []  # of the steps of the current epoch
+    rows = []  # the metrics of all epochs
     # For each prototype, how many of this epoch's large crops are nearest to it.
     uses = torch.zeros(args.prototypes, device=device)
     if checkpoint:
         network.load_state_dict(checkpoint["model"])
         queue.copy_(checkpoint["queue"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        step, rows = checkpoint["step"], checkpoint["rows"]
+        step = checkpoint["step"]
+        rows = checkpoint["rows"]
         losses = list(checkpoint["losses"].to(device))
         uses.copy_(checkpoint["uses"])
         accelerator.print(f"resuming after step {step} of {total_steps}")
@@ -812,7 +831,9 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     accelerator.print(common.format_header(CONSOLE_METRICS))
     saved_at = time.monotonic()
     while step < total_steps:
-        epoch, first_step, started_at = step // epoch_steps, step, time.monotonic()
+        epoch = step // epoch_steps
+        first_step = step
+        started_at = time.monotonic()
         last_step = min((epoch + 1) * epoch_steps, total_steps)
         epoch_batches = itertools.islice(batches, last_step - step)
         bar = common.progress(epoch_batches, f"epoch {epoch + 1}/{epochs}", last_step - step)
@@ -827,7 +848,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             normalize_prototypes(C)
             x = [v.flatten(0, 1).contiguous(memory_format=torch.channels_last) for v in views]
             z, scores = model(*x)
-            z, scores = z.unflatten(0, (-1, len(index))), scores.unflatten(0, (-1, len(index)))
+            z = z.unflatten(0, (-1, len(index)))
+            scores = scores.unflatten(0, (-1, len(index)))
 
             # Codes [2, N, K] of the two large crops of the N images of all processes, of which each
             # process takes its own rows. `gather` joins along the first dimension, so the images
@@ -883,7 +905,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         # Evaluate, report and save.
         if bank and ((epoch + 1) % args.eval_every == 0 or step == total_steps):
             features = nn.Sequential(normalize, encoder)
-            row["knn"] = common.knn_accuracy(features, bank, watched, large_size)
+            row["knn"] = common.knn_accuracy(features, bank, validation, large_size)
         rows.append(row)
         accelerator.print(common.format_row(row, CONSOLE_METRICS))
         for problem in find_problems(rows, step > max(warmup_steps, unfreeze_step)):
@@ -907,9 +929,9 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         "data": args.data,
     }
     save_prototypes(args.out / "prototypes.png", network, images, large_size, args.seed)
-    common.finish(args.out, encoder, about, bank, test, watched, args.seed, rows[-1])
-    # Accelerate's end_training would also part the processes, for which it is too early while the
-    # model is alive. `common.entry_point` does that.
+    common.finish(args.out, encoder, about, bank, test, validation, args.seed, rows[-1])
+    # Accelerate's end_training would also destroy the process group, to which DDP still refers.
+    # `common.entry_point` does it later.
     for tracker in accelerator.trackers:
         tracker.finish()
 

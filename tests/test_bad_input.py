@@ -5,6 +5,7 @@ Flags with wrong values are in test_runs.py and test_linear_eval.py.
 
 import gc
 import importlib
+import os
 import pickle
 import shutil
 import struct
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 import torch
+import torchvision
 from conftest import METHODS, arguments, checkpoint, refused, run, write_folder
 from PIL import Image
 from safetensors.torch import save_file
@@ -330,6 +333,36 @@ def test_a_link_to_a_folder_above_itself_does_not_count_images_twice(tmp_path):
     assert len(files) == 2
 
 
+def test_a_folder_that_may_not_be_read_is_one_line(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "set"
+    (folder / "secret").mkdir(parents=True)
+    photograph().save(folder / "a.png")
+    list_folder = os.scandir
+
+    def scandir(path):  # The tests may run as root, who may read everything.
+        if Path(path).name == "secret":
+            raise PermissionError(13, "Permission denied", str(path))
+        return list_folder(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    argv = arguments("simclr", folder, tmp_path / "run")
+    assert "secret" in refused(capsys, main_of("simclr"), argv)
+
+
+@pytest.mark.parametrize("script", [*METHODS, "linear_eval"])
+def test_paths_that_are_too_long_are_one_line(script, few, tmp_path, capsys):
+    long = tmp_path / ("long" * 100)
+    main = main_of(script)
+    if script == "linear_eval":
+        argv = ["random", "--arch", "small", "--data"]
+        assert "long" in refused(capsys, main, [*argv, few, "--out", long])
+        assert "long" in refused(capsys, main, [*argv, few, "--features", long / "f.npz"])
+        assert "long" in refused(capsys, main, [*argv, long, "--out", tmp_path / "run"])
+    else:
+        assert "long" in refused(capsys, main, arguments(script, few, long))
+        assert "long" in refused(capsys, main, arguments(script, long, tmp_path / "run"))
+
+
 # --------------------------------------------------------------------------------------
 # Encoder files
 # --------------------------------------------------------------------------------------
@@ -502,9 +535,23 @@ def test_a_lack_of_memory_is_not_blamed_on_the_file(monkeypatch, tmp_path):
 
     monkeypatch.setattr(common.Image, "open", full)
     monkeypatch.setattr(torch, "load", full)
-    for read in (common.read_image, common.read_checkpoint):
+    monkeypatch.setattr(np, "load", full)
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", full)
+    monkeypatch.setattr(safetensors, "safe_open", full)
+
+    def read_set(name):
+        common.load_splits(name, str(tmp_path), None, torch.device("cpu"))
+
+    for read, what in [
+        (common.read_image, tmp_path / "file"),
+        (common.read_checkpoint, tmp_path / "file"),
+        (common.load_encoder, tmp_path / "file"),
+        (read_set, "fashion-mini"),
+        (read_set, "cifar10"),
+        (read_set, "file.npz"),
+    ]:
         with pytest.raises(MemoryError):
-            read(tmp_path / "file")
+            read(what)
 
 
 def test_mapped_classes_without_images_are_refused_in_one_line(tmp_path, capsys):

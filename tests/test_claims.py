@@ -35,8 +35,10 @@ def parsed(command, seed):
     if script == "linear_eval.py":
         return vars(linear_eval.parse_arguments(words))
     module = MODULES[script]
-    preset = module.PRESETS["fashion-mini"]
-    return vars(module.parse_arguments([*words, "--seed", str(seed)], preset))
+    words += ["--seed", str(seed)]
+    if module is drlim:
+        return vars(drlim.parse_arguments(words))
+    return vars(module.parse_arguments(words, module.PRESETS["fashion-mini"]))
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -148,11 +148,11 @@ def test_a_file_of_arrays_trains_as_a_folder_of_the_same_images(folder, tmp_path
 
 def test_arrays_without_labels_are_for_training_alone(folder, tmp_path):
     np.savez(tmp_path / "stripes.npz", train_images=arrays_of(folder)["train_images"])
-    data, bank, test, watched = load_splits(
+    data, bank, test, validation = load_splits(
         str(tmp_path / "stripes.npz"), "nowhere", 40, CPU, 1, holdout=5
     )
     assert len(data) == 40 and (data.labels == -1).all()
-    assert bank is test is watched is None
+    assert bank is test is validation is None
 
 
 @pytest.mark.parametrize(("data", "name"), [("mnist", "MNIST"), ("fashionmnist", "FashionMNIST")])
@@ -195,7 +195,7 @@ def test_the_memory_limit_is_a_processs_share_of_the_machine(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert common.memory_limit() == 2**29
     memory.total = 2**50
-    assert common.memory_limit() == common.MEMORY_LIMIT
+    assert common.memory_limit() == common.MAX_IMAGE_BYTES
 
 
 @pytest.mark.parametrize("variable", ["ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"])
@@ -266,8 +266,8 @@ def test_held_out_images_are_the_end_of_that_shuffle_and_no_others_change(folder
     def pixels(images):
         return images.centers(torch.arange(len(images)), 12)
 
-    _, everything, test, watched = load(limit=None)
-    assert watched is test
+    _, everything, test, validation = load(limit=None)
+    assert validation is test
     _, limited, _, _ = load(limit=20)
     for limit, left in ((None, 41), (20, 20), (45, 41)):
         images, bank, same_test, held_out = load(limit=limit, holdout=7)

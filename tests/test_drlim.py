@@ -37,20 +37,6 @@ def plain(few, tmp_path_factory):
     return run(few, tmp_path_factory.mktemp("plain") / "run")
 
 
-SMALL = [
-    "--epochs",
-    "4",
-    "--neighbours",
-    "2",
-    "--batch-size",
-    "9",
-    "--workers",
-    "1",
-    "--eval-every",
-    "2",
-]  # 54 pairs: 6 steps an epoch
-
-
 # --------------------------------------------------------------------------------------
 # Loss
 # --------------------------------------------------------------------------------------
@@ -422,7 +408,7 @@ def test_a_map_that_is_not_finite_is_one_line(few, tmp_path, capsys):
 
 
 def test_images_that_do_not_fit_in_memory_are_refused(few, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(common, "MEMORY_LIMIT", 27 * 12 * 12 * 3 * 4 - 1)
+    monkeypatch.setattr(common, "MAX_IMAGE_BYTES", 27 * 12 * 12 * 3 * 4 - 1)
     error = refused(capsys, drlim.main, arguments("drlim", few, tmp_path / "run"))
     assert "27 images do not fit" in error
 

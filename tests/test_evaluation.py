@@ -285,7 +285,7 @@ def test_features_are_those_of_the_encoder_in_eval_mode():
     encoder = common.build_encoder("small").train()
     data = ImagesInMemory(torch.randint(256, (7, 3, 12, 16), dtype=torch.uint8), torch.zeros(7))
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
-    h = common.extract_features(encoder, data, 12, batch=3)
+    h = common.extract_features(encoder, data, 12, batch_size=3)
     assert encoder.training and not h.requires_grad
     assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
     middle = data.pixels[:, :, :, 2:14] / 255
@@ -320,6 +320,16 @@ def test_comparison_tells_good_features_from_bad_and_counts_labels():
         "linear",
     }
     assert "raw pixels" in common.format_table(rows) and "100.0" in common.format_table(rows)
+
+
+def test_raw_pixels_of_a_large_set_are_left_out(monkeypatch):
+    data = ImagesInMemory(torch.zeros(8, 3, 4, 4, dtype=torch.uint8), torch.arange(8) % 2)
+    about = {"method": "m", "architecture": "small", "stem": "3x3", "image_size": 4}
+    about |= {"mean": [0.0] * 3, "std": [1.0] * 3}
+    for limit, names in [(8 * 48, ["m", "random", "raw pixels"]), (8 * 48 - 1, ["m", "random"])]:
+        monkeypatch.setattr(common, "MAX_PIXEL_FEATURES", limit)
+        rows = common.compare_features(common.build_encoder("small"), about, data, data, 0)
+        assert [row["features"] for row in rows] == names
 
 
 def test_normalize_is_torchvisions_and_its_statistics_move_with_the_network():

@@ -123,7 +123,7 @@ def test_results_are_added_and_pictures_framed(encoder):
     assert results(encoder)[0]["settings"]["protocol"] == "knn"
     assert encoder.read_bytes() == before
     names = {path.name for path in encoder.parent.iterdir()}
-    assert names == {"encoder.safetensors", "eval.json", "neighbours.png", "map.png"}
+    assert names == {"encoder.safetensors", "eval.json", "neighbours.png", "features.png"}
     with Image.open(encoder.parent / "neighbours.png") as picture:
         colors = {color for _, color in picture.convert("RGB").getcolors(10**6)}
         assert (26, 179, 51) in colors and (230, 26, 26) in colors  # right and wrong
@@ -557,9 +557,9 @@ def test_progress_is_shown_on_a_terminal(encoder):
     assert process.wait() == 0 and b"seed 0" in shown and b"features" in shown
 
 
-def test_map_png_shows_test_images_at_their_principal_components(encoder, folder):
+def test_features_png_shows_test_images_at_their_principal_components(encoder, folder):
     main([str(encoder), "--protocol", "knn", "--seeds", "1"])
-    with Image.open(encoder.parent / "map.png") as picture:
+    with Image.open(encoder.parent / "features.png") as picture:
         drawn = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1) / 255
     net, _ = common.load_encoder(encoder)
     test = common.load_splits(str(folder), "nowhere", None, torch.device("cpu"), 1)[2]

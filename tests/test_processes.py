@@ -69,7 +69,7 @@ def save_features(folder, out):
     odd = torch.arange(17)
     saved = {
         "memory": common.extract_features(net, test.take(odd), 12),
-        "files": common.extract_features(net, files.take(odd), 12, batch=4),
+        "files": common.extract_features(net, files.take(odd), 12, batch_size=4),
     }
     if accelerator.is_main_process:
         torch.save(saved, out)
@@ -542,13 +542,16 @@ def test_a_batch_that_processes_cannot_share_is_refused_once(few, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("script", ["simclr.py", "linear_eval.py"])
-def test_fewer_processes_than_asked_for_is_said(script, few, tmp_path):
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [("simclr.py", []), ("simclr.py", ["--cpu"]), ("linear_eval.py", ["--cpu"])],
+)
+def test_fewer_processes_than_asked_for_is_said(script, flags, few, tmp_path):
     argv = arguments("simclr", few, tmp_path / "run")
     if script == "linear_eval.py":
         argv = ["random", "--arch", "small", *argv[:4]]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += [str(ROOT / script), *argv]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+    launch += [*flags, str(ROOT / script), *argv]
     done = subprocess.run(launch, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0 and "error: several processes were asked for" in done.stderr
     assert not (tmp_path / "run").exists()

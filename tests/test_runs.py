@@ -461,6 +461,17 @@ def test_other_image_files_are_refused(method, tmp_path, capsys):
     assert "images was 27 images" in error
 
 
+def test_changed_test_images_are_refused(method, tmp_path, capsys):
+    folder = write_folder(tmp_path / "data", 9)
+    out = run(method, folder, tmp_path / "run")
+    (out / "results.json").unlink()
+    [split] = [name for name in ("val", "test") if (folder / name).is_dir()]
+    image = next((folder / split).rglob("*.png"))
+    image.rename(image.with_name("renamed.png"))
+    error = refused(capsys, main_of(method), arguments(method, folder, out))
+    assert "test images was" in error
+
+
 def test_a_run_of_the_code_before_this_format_is_refused(method, few, tmp_path, capsys):
     out = tmp_path / "run"
     out.mkdir()
@@ -734,6 +745,33 @@ def test_flags_that_only_concern_how_it_runs_do_not_change_the_result(method, fe
         assert same_model(run(method, data, tmp_path / str(i), *more), plain), more
 
 
+def test_the_encoder_is_saved_before_the_final_evaluation(method, few, tmp_path, monkeypatch):
+    if method == "drlim":
+        pytest.skip("it has an evaluation of its own")
+
+    def out_of_memory(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(torch.linalg, "eigh", out_of_memory)
+    with pytest.raises(MemoryError):
+        run(method, few, tmp_path / "run", "--max-steps 1")
+    assert (tmp_path / "run" / "encoder.safetensors").exists()
+    assert not (tmp_path / "run" / "results.json").exists()
+
+    monkeypatch.undo()
+    out = run(method, few, tmp_path / "run", "--max-steps 1")
+    assert (out / "results.json").exists()
+
+
+def test_the_results_of_a_finished_run_do_not_need_its_checkpoint(
+    method, few, plain, tmp_path, capsys
+):
+    out = shutil.copytree(plain, tmp_path / "run")
+    (out / "checkpoint.pt").write_bytes(b"damaged")
+    run(method, few, out)
+    assert "is finished" in capsys.readouterr().out
+
+
 def test_max_steps_ends_the_run_and_its_schedule(method, few, tmp_path):
     out = run(method, few, tmp_path / "run", "--max-steps", 5, "--eval-every", 2)
     rows = metrics(out)
@@ -761,6 +799,17 @@ def test_stem_init_stream_and_the_default_folder(method, few, tmp_path, monkeypa
     for name, value in again.items():
         if name.endswith("weight"):
             torch.testing.assert_close(value, first[name], atol=1e-9, rtol=0)
+
+
+def test_an_init_trained_on_inputs_of_another_scale_is_warned_of(method, few, tmp_path, capsys):
+    used = "imagenet" if method in ("moco", "swav", "supcon") else "none"
+    for name, (mean, std) in common.STATISTICS.items():
+        path = tmp_path / f"{name}.safetensors"
+        about = {"architecture": "small", "stem": "3x3", "mean": list(mean), "std": list(std)}
+        common.save_encoder(path, common.build_encoder("small"), **about)
+        flags = "--arch small --stem 3x3 --max-steps 1 --init"
+        run(method, few, tmp_path / name, flags, path)
+        assert ("was trained on inputs" in capsys.readouterr().out) == (name != used)
 
 
 def test_a_streamed_run_is_as_one_from_memory(method, few, tmp_path):

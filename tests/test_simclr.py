@@ -201,13 +201,15 @@ def test_augmentation_is_appendix_a():
     assert tuple(half[1].operation) == (0.4, 0.4, 0.4, 0.1) and half[0].scale == (0.2, 1.0)
 
 
-def test_without_the_crop_the_whole_image_is_shown():
-    pixels = torch.randint(256, (4, 3, 9, 9), dtype=torch.uint8)
+@pytest.mark.parametrize("width", [9, 12])
+def test_without_the_crop_the_middle_square_is_shown(width):
+    pixels = torch.randint(256, (4, 3, 9, width), dtype=torch.uint8)
     images = common.ImagesInMemory(pixels, torch.zeros(4))
     recipe = augmentation(["gray"], 9, 0.08, 1.0)
     index, (views,) = next(common.batches(images, [(2, recipe)], 4, 0, 0, 1))
-    whole = pixels[index].repeat(2, 1, 1, 1) / 255
-    for view, image in zip(views.flatten(0, 1), whole, strict=True):
+    left = (width - 9) // 2
+    middle = pixels[index, :, :, left : left + 9].repeat(2, 1, 1, 1) / 255
+    for view, image in zip(views.flatten(0, 1), middle, strict=True):
         is_gray = common.grayscale(image).allclose(view, atol=1e-5)
         assert is_gray or image.allclose(view, atol=1e-5)
 

@@ -144,7 +144,7 @@ def test_a_run_does_not_depend_on_how_python_starts_the_readers(few, tmp_path, m
 
 def test_sets_of_several_sizes_or_beyond_memory_are_streamed(photographs, folder, monkeypatch):
     assert all(isinstance(v, ImageFiles) for v in load(photographs, stream=False))
-    monkeypatch.setattr(common, "MEMORY_LIMIT", 48 * 3 * 144 - 1)
+    monkeypatch.setattr(common, "MAX_IMAGE_BYTES", 48 * 3 * 144 - 1)
     sets = load(folder, stream=False)
     assert isinstance(sets[0], ImageFiles) and isinstance(sets[2], ImagesInMemory)
     assert isinstance(load(folder, stream=False, limit=47)[0], ImagesInMemory)
@@ -217,9 +217,6 @@ def test_images_without_classes_cannot_be_evaluated_on(few, tmp_path, capsys):
     capsys.readouterr()
     error = refused(capsys, linear_eval.main, [out / "encoder.safetensors"])
     assert "no labels" in error and str(few) in error
-
-
-LONGER = ["--stream", "--workers", "2", "--epochs", "12", "--batch-size", "2"]
 
 
 LONGER = "--stream --workers 2 --epochs 12 --batch-size 2 --eval-every 99"
