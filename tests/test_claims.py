@@ -114,8 +114,6 @@ def test_the_table_of_other_images_is_what_the_results_say(images, start):
     folder = claims.RESULTS / "other-images"
 
     for method, cell in zip(("simclr", "moco", "swav", "supcon"), (2, 4, 5, 6), strict=True):
-        if cells[cell] == "not run":
-            continue
         kept = folder / f"{method}-{images}"
         last = json.loads((kept / "metrics.jsonl").read_text().splitlines()[-1])
         used = json.loads((kept / "config.json").read_text())["settings"]
