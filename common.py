@@ -56,7 +56,7 @@ SETS = {
     "cifar100": "CIFAR100",
     "stl10": "STL10",
 }
-# All ResNets of torchvision. Sorting by length puts resnet18 before resnext and wide_resnet.
+# All ResNets of torchvision. Sorting by length puts resnet18 first, ahead of resnet101.
 RESNETS = sorted(
     torchvision.models.list_models(torchvision.models, include=["resn*", "wide_resn*"]), key=len
 )
@@ -75,7 +75,8 @@ PICTURES = ("views.png", "prototypes.png", "map.png", "features.png", "neighbour
 MAY_DIFFER = ("root", "workers", "out")  # flags that may differ between machines
 KNN_K = 20  # neighbors that vote in the evaluation, or all images if there are fewer
 KNN_TEMPERATURE = 0.07
-MAX_PIXEL_FEATURES = 2**30  # training images times the numbers in each that a probe may be given
+# A probe on raw pixels is trained on at most this many numbers: images times 3 * side^2.
+MAX_PIXEL_FEATURES = 2**30
 
 
 # --------------------------------------------------------------------------------------
@@ -296,8 +297,9 @@ def refuse_other_modes() -> None:
 def check_number_of_processes(accelerator: Accelerator) -> None:
     """Refuse to run on fewer processes than the user asked for.
 
-    Without --multi_gpu, `accelerate launch --num_processes 2` silently starts a single process. It
-    sets the address at which several processes would meet, but not how many they are.
+    `accelerate launch --num_processes 2` silently starts a single process with --cpu, on a machine
+    with fewer than two GPUs, or if the user's configuration file names no distributed mode. It sets
+    the address at which several processes would meet, but not how many they are.
     """
     asked_for = int(os.environ.get("WORLD_SIZE", 1))
     is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ
@@ -305,9 +307,9 @@ def check_number_of_processes(accelerator: Accelerator) -> None:
         asked_for = 2  # or more
     if asked_for > accelerator.num_processes:
         fail(
-            "several processes were asked for (or MASTER_ADDR is set), but only one was started: "
-            "on GPUs, use accelerate launch --multi_gpu; on CPUs, "
-            "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N SCRIPT"
+            "several processes were asked for, but only one was started: on several GPUs, use "
+            "accelerate launch --multi_gpu; on CPUs, ACCELERATE_USE_CPU=true torchrun "
+            "--nproc_per_node N SCRIPT; for a single process, unset MASTER_ADDR"
         )
 
 
@@ -326,7 +328,7 @@ def available_cores() -> int:
 def use_all_cores() -> None:
     """Divide the cores among a launcher's processes, which it gives one thread each by default.
 
-    A number of threads that the user has set is kept.
+    A number above one that the user has set is kept.
     """
     # These variables are set by accelerate launch and by torchrun.
     is_launched = bool({"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & set(os.environ))
@@ -361,6 +363,10 @@ def on_main_process(function: Callable[..., Any], *arguments: object) -> Any:
             result = function(*arguments)
         except SystemExit as exit_:
             code = exit_.code
+        except (MemoryError, RuntimeError) as error:
+            if explain(error, advice="") is None:
+                raise
+            code = 2
     result, code = broadcast_object_list([result, code])
     if code is not None:
         raise SystemExit(code)
@@ -1129,7 +1135,7 @@ def _read_source(
 
 
 def _fingerprint(data: str, source: np.ndarray, labels: Tensor) -> str:
-    """The number of images and, unless they are a named set, a hash of their pixels or paths."""
+    """The number of images and, except for named sets, a hash of pixels and labels, or of paths."""
     count = f"{len(labels)} images"
     if data in SETS:
         return count
@@ -1370,7 +1376,7 @@ def draw_plan(
     for count, operations in recipes:
         parameters = []
         for operation in operations:
-            # Row v * batch_size + i is of view v of image i.
+            # Row v * batch_size + i belongs to view v of image i.
             drawn = operation.draw(count * batch_size, rng)
             drawn = [values.unflatten(0, (count, batch_size))[:, rows] for values in drawn]
             parameters.append(tuple(values.flatten(0, 1) for values in drawn))
@@ -1476,7 +1482,7 @@ def save_encoder(path: str | Path, encoder: nn.Module, **metadata: object) -> No
     weights = {
         name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()
     }
-    # The text of a list of numbers is also its JSON, as which readers parse mean and std.
+    # The text of a list of numbers is also valid JSON, which is how readers parse mean and std.
     metadata = {name: str(value) for name, value in metadata.items()}
     try:
         with atomic_write(path) as file:
@@ -1530,7 +1536,7 @@ def load_initial_encoder(
     std: Sequence[float],
     norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
 ) -> nn.Module:
-    """The encoder of --init. A warning is printed if it was trained on inputs of another scale.
+    """Load the encoder of --init, and warn if it was trained on inputs of another scale.
 
     Args:
         path: a file of `save_encoder`.
@@ -1544,11 +1550,13 @@ def load_initial_encoder(
     encoder, about = load_encoder(path, norm_layer, architecture=architecture, stem=stem)
     mean = str(list(mean))
     std = str(list(std))
-    if (about.get("mean", mean), about.get("std", std)) != (mean, std):
+    trained_mean = about.get("mean", mean)
+    trained_std = about.get("std", std)
+    if (trained_mean, trained_std) != (mean, std):
         PartialState().print(
             "warning: the encoder of --init was trained on inputs that were normalized with mean "
-            f"{about['mean']} and standard deviation {about['std']}, and this run uses {mean} and "
-            f"{std}: if the script has a --normalize that fits, use it"
+            f"{trained_mean} and standard deviation {trained_std}, but this run uses {mean} and "
+            f"{std}: if this script has a matching --normalize, use it"
         )
     return encoder
 
@@ -1903,13 +1911,13 @@ def finish(
     last: dict,
     extra_columns: dict | None = None,
 ) -> None:
-    """End a run: write encoder.safetensors, evaluate, write results.json, and print the table.
+    """Evaluate the encoder at the end of a run, write results.json, and print the table.
 
     Args:
         out: the folder of the run.
         encoder: the trained encoder.
-        about: the metadata of the file: method, architecture, stem, image_size, data, and the mean
-            and std with which the encoder's inputs are normalized.
+        about: the metadata of the encoder's file: method, architecture, stem, image_size, data, and
+            the mean and std with which the inputs are normalized.
         bank, test: labeled images, or None. Views above 64 pixels are evaluated by kNN alone, since
             the rest would take longer than many runs; linear_eval.py does it.
         validation: the images of the evaluation during the run.
@@ -1917,10 +1925,6 @@ def finish(
         last: the last row of the metrics.
         extra_columns: accuracies that only the trained encoder's row of the table has.
     """
-    # First, so that it is there even if the evaluation fails.
-    if PartialState().is_main_process:
-        save_encoder(out / "encoder.safetensors", encoder, **about)
-
     if bank and about["image_size"] <= 64:
         PartialState().print("evaluating features by kNN and linear probes")
         rows = compare_features(encoder, about, bank, test, seed)

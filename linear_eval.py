@@ -193,6 +193,8 @@ def read_tensors(path: str) -> object:
     except FileNotFoundError:
         common.fail(f"{path} does not exist: check the path, or use random")
     except Exception as error:  # A damaged file can raise almost any exception.
+        if common.memory_problem(error):  # The file is not to blame.
+            raise
         text = str(error)
         if "GLOBAL " in text:
             name = text.partition("GLOBAL ")[2].split()[0]
@@ -252,6 +254,8 @@ def _is_ours(path: str) -> bool:
     except FileNotFoundError:
         common.fail(f"{path} does not exist: check the path, or use random")
     except Exception as error:  # A damaged file can raise almost any exception.
+        if common.memory_problem(error):
+            raise
         common.fail(f"{path} was not loaded ({error}): use a checkpoint that holds only tensors")
 
 
@@ -555,7 +559,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.features:
         try:
             is_new = args.features.parent.is_dir() and not args.features.exists()
-        except OSError:  # It may not even be looked for, or its name is too long.
+        except OSError:  # The folder may not be searched, or the name is too long.
             is_new = False
         if not is_new:
             common.fail(f"--features {args.features} must be a new file in an existing folder")
@@ -774,7 +778,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         summary[metric] = common.summarize([run[metric] for run in runs], len(test))
     printed = []
     for run in runs:
-        # What the probe chose is printed with all its digits, unlike accuracies.
+        # With one decimal, like the accuracies, a small weight decay would be printed as 0.
         digits = {name: f"{run[name]:g}" for name in ("weight_decay", "held-out") if name in run}
         printed.append(run | digits)
     accelerator.print(

@@ -828,7 +828,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
 
             # Algorithm 1. The paper updates f_k at the end of a step, and the authors' code at its
             # start. Both are the same, because f_k starts as a copy of f_q.
-            x_q, x_k = queries_and_keys(views, args.symmetric)  # [n, 3, S, S] each
+            x_q, x_k = queries_and_keys(views, args.symmetric)  # [n, 3, S, S] each, n = B or 2B
             update_key_encoder(f_k, f_q, args.key_momentum)
 
             # The keys [P * n, D] of all processes, because each has the whole queue. The number 1
@@ -836,7 +836,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             rng = common.generator(args.seed, epoch, step % epoch_steps, 1)
             k = encode_keys(f_k, x_k, rng, accelerator)
 
-            # The queries [n, D] of this process, and the loss against their own keys.
+            # The queries [n, D] of this process. Their own keys are the positives, and those in the
+            # queue are the negatives.
             q = f_q(x_q.contiguous(memory_format=torch.channels_last)).float()
             q = F.normalize(q, dim=1)
             own_k = k.chunk(processes)[accelerator.process_index]
@@ -893,7 +894,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             save_run(args.out, state())
         saved_at = time.monotonic()
 
-    # The end of the run: write and print its results, and export the encoder.
+    # The end of the run: export the encoder, evaluate it, and write and print the results.
     about = {
         "method": "moco",
         "architecture": args.arch,
@@ -903,6 +904,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         "std": list(std),
         "data": args.data,
     }
+    if accelerator.is_main_process:
+        common.save_encoder(args.out / "encoder.safetensors", encoder, **about)
     common.finish(args.out, encoder, about, bank, test, validation, args.seed, rows[-1])
     # Accelerate's end_training would also destroy the process group, to which DDP still refers.
     # `common.entry_point` does it later.

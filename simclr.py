@@ -765,7 +765,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             save_run(args.out, state())
         saved_at = time.monotonic()
 
-    # The end of the run: write and print its results, and export the encoder.
+    # The end of the run: export the encoder, evaluate it, and write and print the results.
     about = {
         "method": "simclr",
         "architecture": args.arch,
@@ -775,6 +775,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         "std": list(std),
         "data": args.data,
     }
+    if accelerator.is_main_process:
+        common.save_encoder(args.out / "encoder.safetensors", encoder, **about)
     common.finish(args.out, encoder, about, bank, test, validation, args.seed, rows[-1])
     # Accelerate's end_training would also destroy the process group, to which DDP still refers.
     # `common.entry_point` does it later.

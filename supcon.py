@@ -630,8 +630,8 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     processes = accelerator.num_processes
 
     # Data: labeled images to train on, which are also the bank of the evaluation, and test images.
-    # During the run, kNN is measured on the validation images, which are those of --holdout or else
-    # the test images.
+    # During the run, kNN and, with --loss ce, the classifier are measured on the validation images,
+    # which are those of --holdout or else the test images.
     _, images, test, validation = common.load_splits(
         args.data, args.root, args.limit, device, args.workers, args.stream, args.holdout
     )
@@ -809,11 +809,7 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
             save_run(args.out, state())
         saved_at = time.monotonic()
 
-    # The end of the run: write and print its results, and export the encoder.
-    classifier_row = {}
-    if args.loss == "ce":
-        percent = classifier_accuracy(network, test, args.image_size)
-        classifier_row["own classifier"] = common.summarize([percent], len(test))
+    # The end of the run: export the encoder, evaluate it, and write and print the results.
     about = {
         "method": f"supcon-{args.loss}",
         "architecture": args.arch,
@@ -823,6 +819,12 @@ def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
         "std": list(std),
         "data": args.data,
     }
+    if accelerator.is_main_process:
+        common.save_encoder(args.out / "encoder.safetensors", encoder, **about)
+    classifier_row = {}
+    if args.loss == "ce":
+        percent = classifier_accuracy(network, test, args.image_size)
+        classifier_row["own classifier"] = common.summarize([percent], len(test))
     common.finish(
         args.out, encoder, about, images, test, validation, args.seed, rows[-1], classifier_row
     )

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 import common
 import drlim
+import linear_eval
 
 
 def main_of(script):
@@ -355,12 +356,12 @@ def test_paths_that_are_too_long_are_one_line(script, few, tmp_path, capsys):
     main = main_of(script)
     if script == "linear_eval":
         argv = ["random", "--arch", "small", "--data"]
-        assert "long" in refused(capsys, main, [*argv, few, "--out", long])
-        assert "long" in refused(capsys, main, [*argv, few, "--features", long / "f.npz"])
-        assert "long" in refused(capsys, main, [*argv, long, "--out", tmp_path / "run"])
+        assert "longlong" in refused(capsys, main, [*argv, few, "--out", long])
+        assert "longlong" in refused(capsys, main, [*argv, few, "--features", long / "f.npz"])
+        assert "longlong" in refused(capsys, main, [*argv, long, "--out", tmp_path / "run"])
     else:
-        assert "long" in refused(capsys, main, arguments(script, few, long))
-        assert "long" in refused(capsys, main, arguments(script, long, tmp_path / "run"))
+        assert "longlong" in refused(capsys, main, arguments(script, few, long))
+        assert "longlong" in refused(capsys, main, arguments(script, long, tmp_path / "run"))
 
 
 # --------------------------------------------------------------------------------------
@@ -549,6 +550,8 @@ def test_a_lack_of_memory_is_not_blamed_on_the_file(monkeypatch, tmp_path):
         (read_set, "fashion-mini"),
         (read_set, "cifar10"),
         (read_set, "file.npz"),
+        (linear_eval.read_tensors, "file.pth"),
+        (linear_eval._is_ours, "file.safetensors"),
     ]:
         with pytest.raises(MemoryError):
             read(what)

@@ -542,6 +542,24 @@ def test_a_batch_that_processes_cannot_share_is_refused_once(few, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def read_more_than_fits():
+    """Run by `start`: the first process reads a file for all of them, and has too little memory."""
+
+    def read():
+        raise MemoryError
+
+    common.start_accelerator()
+    with common.entry_point("try again"):
+        common.on_main_process(read)
+
+
+def test_a_lack_of_memory_on_the_first_process_ends_all(tmp_path):
+    run = start("test_processes.read_more_than_fits", output=tmp_path / "text", processes=2)
+    code, text = run.wait()
+    assert code == 2 and text.count("error: there is not enough memory") == 1
+    assert "Traceback" not in text
+
+
 @pytest.mark.parametrize(
     ("script", "flags"),
     [("simclr.py", []), ("simclr.py", ["--cpu"]), ("linear_eval.py", ["--cpu"])],
@@ -552,6 +570,7 @@ def test_fewer_processes_than_asked_for_is_said(script, flags, few, tmp_path):
         argv = ["random", "--arch", "small", *argv[:4]]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
     launch += [*flags, str(ROOT / script), *argv]
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=300)
+    without_gpus = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(launch, env=without_gpus, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0 and "error: several processes were asked for" in done.stderr
     assert not (tmp_path / "run").exists()
