@@ -157,16 +157,23 @@ CLAIMS = {
         "L_out (the default) is better than cross-entropy, and that than L_in (SupCon, section 4).",
         "supcon.py --epochs 10",
         each("--loss", "", "ce", "in"),
+        finding="No: in kNN, cross-entropy leads L_out by 2.4 points. All other differences are "
+        "below two points.",
     ),
     "supcon-noise": Claim(
         "SupCon tolerates wrong labels better than cross-entropy (SupCon, section 4.3).",
         "supcon.py --epochs 10 --label-noise 0.4",
         each("--loss", "", "ce", "in"),
+        finding="In part: cross-entropy's own classifier loses 5.4 points, and is left with 80.0. "
+        "But its features lose less than L_out's: 2.8 and 4.2 points of kNN, 0.9 and 3.1 of "
+        "linear.",
     ),
     "supcon-temperature": Claim(
         "A low temperature (0.1 by default) is best (SupCon, Fig. 4).",
         "supcon.py --epochs 10",
         each("--temperature", 0.05, "", 0.3, 1),
+        finding="In part: in kNN, 1 is 2.4 points below 0.1. From 0.05 to 0.3, all are within a "
+        "point.",
     ),
     "drlim-maps": Claim(
         "The map keeps neighbors together and, if the graph says so, ignores a shift "
