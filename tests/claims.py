@@ -181,6 +181,8 @@ CLAIMS = {
         "drlim.py",
         ["", "--epochs 150", "--graph shifts", "--shifts -6 -3 3 6 --epochs 4"],
         ("minutes", "loss", "5-NN", "flatness", "rank"),
+        finding="Yes: the map's 5-NN is 84.0, and PCA's 79.1. Among 15,000 points, an image's own "
+        "copies have rank 14 if the graph joins them, and 4,070 if it sees pixels alone.",
     ),
 }
 
@@ -280,7 +282,10 @@ def table(name: str) -> str:
         runs = read_runs(command)
         cells = ["not run"] * len(measures)
         if runs:
-            cells = [format_mean([values[measure] for values in runs]) for measure in measures]
+            cells = []
+            for measure in measures:
+                values = [run[measure] for run in runs if measure in run]
+                cells.append(format_mean(values) if values else "-")
         lines.append(f"| `python {shown(command)}` | {' | '.join(cells)} | {len(runs)} |")
     return "\n".join(lines)
 
