@@ -535,6 +535,33 @@ def test_bad_data_is_one_line_of_ours_under_torchrun(tmp_path):
     assert code != 0 and err.count("error: --data") == 1 and 'simclr.py", line' not in err
 
 
+def start_from_other_weights(*argv):
+    """Run by `start`: moco.py, but the second process makes another encoder than the first."""
+    build = common.build_encoder
+
+    def build_other(*arguments):
+        encoder = build(*arguments)
+        with torch.no_grad():
+            for weight in encoder.parameters():
+                weight.mul_(1.5)
+        return encoder
+
+    if os.environ["RANK"] == "1":
+        common.build_encoder = build_other
+    moco.main(list(argv))
+
+
+def test_moco_has_the_same_key_encoder_on_processes_that_start_from_other_weights(few, tmp_path):
+    queues = []
+    for what in ("moco", "test_processes.start_from_other_weights"):
+        out = tmp_path / what
+        argv = arguments("moco", few, out, "--max-steps 1 --key-momentum 1")
+        code, text = start(what, *argv, output=tmp_path / f"{what}.txt", processes=2).wait()
+        assert code == 0, text
+        queues.append(checkpoint(out)["queue"])
+    torch.testing.assert_close(queues[0], queues[1])
+
+
 def test_a_batch_that_processes_cannot_share_is_refused_once(few, tmp_path):
     argv = arguments("simclr", few, tmp_path / "run", "--batch-size 9")
     code, text = start("simclr", *argv, output=tmp_path / "text", processes=2).wait()
