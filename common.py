@@ -1939,10 +1939,12 @@ def finish(
                 percent = knn_accuracy(network, bank, test, about["image_size"])
             row["kNN"] = summarize([percent], len(test))
         rows = [row]
+
     for name, value in (extra_columns or {}).items():
         for row in rows:
             row[name] = "-"
         rows[0][name] = value
+
     title = "test accuracy in percent [95 % interval]"
     if not bank:
         title = "the images have no labels, so there is no accuracy"

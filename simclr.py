@@ -607,7 +607,7 @@ def find_problems(row: dict, warmed_up: bool) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915
     """Pretrain, evaluate, and leave the run in --out."""
-    # The flags are parsed now to find the images, and again when the images have set defaults.
+    # The flags are parsed here to find the images, and again below, where defaults depend on them.
     args = parse_arguments(argv)
     torch.backends.cudnn.benchmark = True  # All steps have the same shapes.
     accelerator = common.start_accelerator(args.log_with, args.out)
