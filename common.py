@@ -6,6 +6,7 @@ prints and leaves.
 
 import _codecs
 import argparse
+import io
 import json
 import math
 import os
@@ -29,33 +30,23 @@ import torch.nn.functional as F
 import torchvision
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import (
-    DistributedType,
-    LoggerType,
-    broadcast,
-    gather,
-    gather_object,
-    tqdm,
-)
+from accelerate.utils import DistributedType, LoggerType, broadcast, gather, gather_object, tqdm
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import CIFAR10, CIFAR100, MNIST, STL10, FashionMNIST
 from torchvision.transforms.v2 import functional as TF
 
-# The names that --data knows, and torchvision's class of each.
-SETS = {
-    "fashion-mini": "FashionMNIST",
-    "mnist": "MNIST",
-    "fashionmnist": "FashionMNIST",
-    "cifar10": "CIFAR10",
-    "cifar100": "CIFAR100",
-    "stl10": "STL10",
-}
+# The names that --data knows. The first is of the bundled images.
+SETS = {"fashion-mini": None, "mnist": MNIST, "fashionmnist": FashionMNIST}
+SETS |= {"cifar10": CIFAR10, "cifar100": CIFAR100, "stl10": STL10}
 ARCHITECTURES = ("small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 # Of the inputs of every encoder, as torchvision and timm expect them.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MAX_IMAGE_BYTES = 4 * 2**30  # Images that take more are read from their files at each step.
 SAVE_SECONDS = 60  # between checkpoints, which are written at the end of an epoch
+# A run continues even if these flags have changed.
+IGNORED = ["data", "root", "workers", "out", "eval_every", "log_with", "epochs", "init", "run_id"]
 
 
 # --------------------------------------------------------------------------------------
@@ -82,11 +73,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def start(log_with: str | None = None) -> Accelerator:
-    """Start Accelerate as its launcher asks, and refuse the modes that the scripts don't support.
-
-    The loss compares all images of a batch, so gradients cannot be accumulated; and the scaler of
-    fp16 would be missing in checkpoints.
-    """
+    """Start Accelerate as its launcher asks, and refuse modes that the scripts don't support."""
     if log_with and log_with not in get_available_trackers():
         fail(f"--log-with {log_with} needs its package: pip install {log_with}")
     accelerator = Accelerator(log_with=log_with, project_dir="runs")
@@ -109,7 +96,7 @@ class HelpFormatter(argparse.HelpFormatter):
     """Shows the default of every flag that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        shown = action.default not in (None, False) and action.dest != "help"
+        shown = action.default is not None and action.dest != "help"
         return f"{action.help} (default: %(default)s)" if shown else action.help
 
 
@@ -171,7 +158,7 @@ def build_parser(
     add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, help="its folder (default: runs/SCRIPT-DATA)")
     add("--eval-every", type=count, default=5, help="epochs between kNN evaluations")
-    trackers = [str(kind) for kind in LoggerType if kind != "all"]
+    trackers = [str(kind) for kind in LoggerType if str(kind) != "all"]
     add("--log-with", choices=trackers, help="experiment tracker, whose package is installed")
     return parser
 
@@ -192,10 +179,10 @@ def parse_for(
     }
     parser.set_defaults(**defaults | presets.get(args.data, presets[kind]))
     args = parser.parse_args(argv)
-    if args.batch_size > len(images):
-        fail(f"--batch-size {args.batch_size} is more than the {len(images)} images: use a lower")
-    if args.batch_size % PartialState().num_processes:
-        fail(f"--batch-size {args.batch_size} must be a multiple of the number of processes")
+    processes = PartialState().num_processes
+    if args.batch_size > len(images) or args.batch_size % processes:
+        most = f"at most {len(images)}, the images, and a multiple of {processes}, the processes"
+        fail(f"--batch-size {args.batch_size} must be {most}")
     return args
 
 
@@ -241,40 +228,20 @@ class RandomResizedCrop(NamedTuple):
     flip: float = 0.5
 
     def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, ...]:
-        """Draw the numbers that choose the boxes and flips of n images.
-
-        Returns:
-            scale and ratio [n, 10], for ten tries, and top and left [n, 1], all uniform in 0..1;
-            and flip [n], bool.
-        """
+        """Numbers in 0..1: scale, ratio [n, 10] for ten tries, top, left [n, 1]; and flip [n]."""
         uniform = torch.rand(n, 22, generator=rng)
         scale, ratio, top, left = uniform.split([10, 10, 1, 1], dim=1)
         flip = torch.rand(n, generator=rng) < self.flip
         return scale, ratio, top, left, flip
 
     def boxes(
-        self,
-        scale: Tensor,
-        ratio: Tensor,
-        top: Tensor,
-        left: Tensor,
-        height: Tensor | int,
-        width: Tensor | int,
+        self, scale: Tensor, ratio: Tensor, top: Tensor, left: Tensor, height: int, width: int
     ) -> Tensor:
-        """The boxes that the drawn numbers choose in images of given sizes.
+        """The boxes [n, 4] that the drawn numbers choose: top, left, height and width.
 
         As in torchvision, the first of ten tries that fits into the image counts. If none does,
         the box is the middle of the image, with the nearest allowed aspect ratio.
-
-        Args:
-            scale, ratio, top, left: what `draw` gave: numbers in 0..1, not yet areas and pixels.
-            height, width: of the images, one number or [n].
-
-        Returns:
-            [n, 4] integers: top, left, height and width.
         """
-        height = torch.as_tensor(height).expand(len(top))[:, None]
-        width = torch.as_tensor(width).expand(len(top))[:, None]
         area = height * width * (self.scale[0] + (self.scale[1] - self.scale[0]) * scale)
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         aspect = torch.exp(low + (high - low) * ratio)
@@ -284,9 +251,9 @@ class RandomResizedCrop(NamedTuple):
         fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
         found = fits.any(1, keepdim=True)
         first = fits.int().argmax(1, keepdim=True)
-        nearest = (width / height).clamp(*self.ratio)
-        h = torch.where(found, h.gather(1, first), (width / nearest).round().minimum(height))
-        w = torch.where(found, w.gather(1, first), (height * nearest).round().minimum(width))
+        nearest = min(max(width / height, self.ratio[0]), self.ratio[1])
+        h = torch.where(found, h.gather(1, first), min(round(width / nearest), height))
+        w = torch.where(found, w.gather(1, first), min(round(height * nearest), width))
 
         # The product may be rounded up to one pixel too many: hence the minimum.
         random_y = (top * (height - h + 1)).floor().minimum(height - h)
@@ -321,11 +288,6 @@ class RandomResizedCrop(NamedTuple):
         """Resize crops of which none is larger than the result.
 
         Each new pixel is a weighted mean of the four old ones around its center.
-
-        Args:
-            x: [B, C, H, W].
-            start, length: [B, 1, 2], of the boxes' rows and columns.
-            centers: [B, size, 2], of the new rows and columns, in old pixels.
         """
         rows, columns = centers.clamp(start + 0.5, start + length - 0.5).unbind(2)
         vertical = rows * (2 / x.shape[2]) - 1  # grid_sample counts from -1 to 1
@@ -335,7 +297,7 @@ class RandomResizedCrop(NamedTuple):
         return F.grid_sample(x / white, torch.stack(grid, dim=3), align_corners=False)
 
     def _shrink(self, x: Tensor, start: Tensor, length: Tensor, centers: Tensor) -> Tensor:
-        """Resize crops of any sizes by two matrix products; see `_enlarge` for the arguments.
+        """Resize crops of any sizes by two matrix products.
 
         Each new pixel is a weighted mean of all old ones that it covers.
         """
@@ -410,9 +372,9 @@ class ColorJitter(NamedTuple):
                 x = shift_hue(x, factor[:, 0]) if x.shape[1] == 3 else x
                 continue
             # Mix the image with a black one, with its mean gray, or with its gray version.
-            gray = TF.rgb_to_grayscale(x) if kind > 0 else torch.zeros_like(x[:, :1])
+            gray = TF.rgb_to_grayscale(x) if kind > 0 else x.new_zeros(1)
             gray = gray.mean((2, 3), keepdim=True) if kind == 1 else gray
-            x = torch.lerp(gray, x, factor).clamp_(0, 1)
+            x.lerp_(gray, 1 - factor).clamp_(0, 1)
         return x
 
 
@@ -485,8 +447,8 @@ class RandomApply(NamedTuple):
         """x [B, C, H, W] with the chosen images changed."""
         rows = chosen.nonzero()[:, 0]  # on the CPU, where its size is known without waiting
         there = to_device_of(x, rows)
-        changed = self.operation(x[there], *[values[rows] for values in parameters])
-        return x.index_copy(0, there, changed)
+        parameters = [values.index_select(0, rows) for values in parameters]
+        return x.index_copy_(0, there, self.operation(x.index_select(0, there), *parameters))
 
 
 # --------------------------------------------------------------------------------------
@@ -553,17 +515,13 @@ class Images:
     @property
     def identity(self) -> str:
         """Tells other images apart, but not the same images in another folder."""
-        if self.paths is None:
-            return f"{len(self)} images"
-        folder = os.path.commonpath([min(self.paths), max(self.paths)])
-        names = "\n".join(os.path.relpath(path, folder) for path in self.paths)
-        return f"{len(self)} images, their names' checksum {zlib.crc32(names.encode())}"
+        names = [] if self.paths is None else ["/".join(p.split("/")[-2:]) for p in self.paths]
+        return f"{len(self)} images, checksum of their names {zlib.crc32(str(names).encode())}"
 
     def crop(self, index: Tensor, operation: Callable, *parameters: Tensor) -> Tensor:
-        """Crops of the images `index` [n]; the parameters have one or several times n rows.
+        """Crops [rows, C, S, S] of the images `index` [n], by parameters of n, 2n, ... rows.
 
-        Returns:
-            [rows, C, size, size]: float32 in 0..1 on the device or, of files, uint8 on the CPU.
+        They are float32 in 0..1 or, of files, uint8 on the CPU.
         """
         n = len(index)
         views = len(parameters[0]) // n if parameters else 1
@@ -590,11 +548,11 @@ def read_image(path: str) -> Tensor:
     """Read a file as RGB, turned as its EXIF data say: [3, H, W] uint8."""
     try:
         with Image.open(str(path)) as image:
-            layout = f"{image.mode}, stored as {[tile[3] for tile in image.tile]}"
+            layout = f"{image.format} {image.mode} {[tile[3] for tile in image.tile[:1]]}"
             # Pillow would drop bits (";16", or a largest value in a PPM) or bands ("X" in a TIFF).
-            loses = re.search(r";16|PPM.*\(|TIFF.*X", f"{image.format} {layout}")
+            loses = re.search(r";16|PPM.*\(|TIFF.*X", layout)
             if loses or image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK"):
-                raise ValueError(f"{layout}: not 8-bit gray, palette, RGB, RGBA or CMYK")
+                raise ValueError(f"{layout} is not 8-bit gray, palette, RGB, RGBA or CMYK")
             pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except Exception as error:  # A damaged file can raise almost any exception.
         raise OSError(f"{path} cannot be read ({error}): repair, convert or remove it") from None
@@ -618,23 +576,34 @@ def load_splits(
         The images to train on; those of them that have labels, or for stl10 others that have; and
         the labeled test images. The last two are None if there are none.
     """
+    notes = []
     if data in SETS:
-        found, notes = read_set(data, root), []
+        found = read_set(data, root)
     elif data.endswith(".npz"):
-        found, notes = read_arrays(data), []
+        found = read_arrays(data)
     else:
-        found, notes = list_folder(data)
-    splits = {}
+        found = list_folder(data, notes)
+    splits, classes = {}, None  # the labels that occur in training, which are numbered in order
     for name, (source, labels) in found.items():
-        labels = torch.as_tensor(labels).long()
+        labels = np.asarray(labels)
+        if classes is None:
+            classes = np.unique(labels[labels >= 0])
+        unknown = np.setdiff1d(labels[labels >= 0], classes)
+        if len(unknown) and len(classes):
+            fail(f"--data {data} has class {unknown[0]} in its {name} part, but not in train")
+        labels = torch.from_numpy(np.where(labels < 0, -1, np.searchsorted(classes, labels)))
         if limit and name != "test":
             chosen = torch.randperm(len(labels), generator=generator(0))[:limit]
             source, labels = source[chosen.numpy()], labels[chosen]
         if len(labels) < 2:
-            fail(f"--data {data} has {len(labels)} images in its {name} part: two are needed")
+            fail(f"--data {data} has {len(labels)} images to {name}, but two are needed")
         paths = source if source.ndim == 1 else None
-        pixels = decode(paths, workers) if paths is not None else torch.from_numpy(source)
-        splits[name] = Images(place(pixels, device), paths, labels, device, workers)
+        pixels = decode(paths, workers) if source.ndim == 1 else torch.from_numpy(source)
+        if pixels is not None:
+            on_gpu = device.type == "cuda"
+            fits = not on_gpu or pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 4
+            pixels = pixels.to(device) if fits else pixels
+        splits[name] = Images(pixels, paths, labels, device, workers)
 
     width, height = splits["train"].size
     if max(width, height) > 2 * min(width, height):
@@ -645,30 +614,22 @@ def load_splits(
     bank, test = splits["train"], splits.get("test")
     labeled = (bank.labels >= 0).nonzero()[:, 0]
     if len(labeled) < len(bank):
-        bank = bank.take(labeled) if len(labeled) else None
+        bank = bank.take(labeled) if len(labeled) > 1 else None
     if not bank or (test and test.labels.min() < 0):
         test = None
     return images, bank, test
-
-
-def place(pixels: Tensor | None, device: torch.device) -> Tensor | None:
-    """The pixels on the device, unless they take more than a quarter of a GPU's free memory."""
-    if pixels is None:
-        return None
-    fits = device.type != "cuda" or pixels.nbytes <= torch.cuda.mem_get_info(device)[0] / 4
-    return pixels.to(device) if fits else pixels
 
 
 def read_set(name: str, root: str) -> dict[str, tuple[np.ndarray, Sequence[int]]]:
     """The pixels [N, C, H, W] and labels of a set of torchvision, which may be downloaded."""
     if name == "fashion-mini":
         return read_arrays(str(Path(__file__).resolve().parent / "data" / "fashion-mini.npz"))
-    kind = getattr(torchvision.datasets, SETS[name])
     splits = {}
     with PartialState().main_process_first():
         for split in ("train", "test", "unlabeled") if name == "stl10" else ("train", "test"):
             try:
-                images = kind(root, split if name == "stl10" else split == "train", download=True)
+                kind = split if name == "stl10" else split == "train"
+                images = SETS[name](root, kind, download=True)
             except (OSError, RuntimeError) as error:
                 fail(f"{name} is not in --root {root} and cannot be downloaded: {error}")
             labels = images.labels if name == "stl10" else images.targets
@@ -686,45 +647,33 @@ def channels_first(pixels: np.ndarray) -> np.ndarray:
 
 
 def read_arrays(path: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The pixels [N, C, H, W] and labels of an .npz file; see `load_splits`.
-
-    Classes are numbered from 0 on, in the order of the labels that occur. A label of -1 is none.
-    """
+    """The pixels [N, C, H, W] and labels of an .npz file; see `load_splits`."""
     form = "uint8 [N, H, W], [N, H, W, 3] or [N, 3, H, W] with whole numbers [N] as labels"
-    splits, classes = {}, np.empty(0)
+    splits = {}
     try:
         file = np.load(path)
-        for name in ("train", "test"):
-            if name == "test" and "test_images" not in file.files:
-                continue
+        for name in ("train", "test") if "test_images" in file.files else ("train",):
             pixels = channels_first(file[f"{name}_images"])
-            labels = file.get(f"{name}_labels", np.full(len(pixels), -1))
-            splits[name] = (pixels, labels)
+            splits[name] = (pixels, file.get(f"{name}_labels", np.full(len(pixels), -1)))
     except Exception as error:  # A damaged file can raise almost any exception.
         fail(f"--data {path} cannot be read ({error}): it must hold train_images, {form}")
     for name, (pixels, labels) in splits.items():
         right = pixels.ndim == 4 and pixels.shape[1] in (1, 3) and pixels.dtype == np.uint8
         if not right or labels.shape != (len(pixels),) or labels.dtype.kind not in "iu":
-            arrays = f"{pixels.dtype} {list(pixels.shape)}, labels {labels.dtype}"
-            fail(f"--data {path}: the {name} images are {arrays} {list(labels.shape)}, not {form}")
-        classes = np.unique(labels[labels >= 0]) if name == "train" else classes
-        unknown = np.setdiff1d(labels[labels >= 0], classes)
-        if len(unknown) and len(classes):
-            fail(f"--data {path}: test_labels has {unknown[0]}, which train_labels lacks")
-        splits[name] = (pixels, np.where(labels < 0, -1, np.searchsorted(classes, labels)))
+            found = f"{pixels.dtype} {list(pixels.shape)}, {labels.dtype} {list(labels.shape)}"
+            fail(f"--data {path}: {name} images and labels are {found}, not {form}")
     return splits
 
 
-def list_folder(data: str) -> tuple[dict[str, tuple[np.ndarray, list[int]]], list[str]]:
-    """The paths and labels of a folder of images, and notes on what of it is not used."""
+def list_folder(data: str, notes: list[str]) -> dict[str, tuple[np.ndarray, list[int]]]:
+    """The paths and labels of a folder of images; adds to `notes` what of it is not used."""
     if not Path(data).is_dir():
         fail(f"--data {data} is none of {', '.join(SETS)}, no folder and no .npz file")
     folders = sorted(path.name for path in Path(data).iterdir() if path.is_dir())
     parts = [name for name in ("train", "val", "test") if name in folders][:2]
     if parts[:1] != ["train"]:
         parts = [""]  # the folder itself
-
-    splits, classes, skipped, notes = {}, [], Counter(), []
+    splits, classes, skipped = {}, [], Counter()
     for name, part in zip(("train", "test"), parts, strict=False):
         paths, kinds = find_images(Path(data, part), skipped)
         if not paths:
@@ -732,19 +681,19 @@ def list_folder(data: str) -> tuple[dict[str, tuple[np.ndarray, list[int]]], lis
         classes = classes or sorted(set(kinds))
         unknown = sorted(set(kinds) - set(classes))
         if unknown:
-            fail(f"--data {data}: {part} has a folder {unknown[0]}, and train has none")
+            fail(f"--data {data} has a folder {unknown[0]!r} in {part}, but none in train")
         if "" in classes and len(classes) > 1:
-            notes.append(f"no classes, since {kinds.count('')} images lie outside of their folders")
+            notes.append(f"no classes, since {kinds.count('')} images lie beside their folders")
         labels = [-1 if "" in classes else classes.index(kind) for kind in kinds]
         splits[name] = (np.array(paths), labels)
 
     ignored = [name for name in folders if name not in parts and name[0] != "."]
     if ignored and parts != [""]:
         notes.append(f"ignored: {', '.join(ignored)}")
-    counts = [f"{number} files ({suffix})" for suffix, number in skipped.most_common()]
-    if counts:
-        notes.append(f"skipped: {', '.join(counts)}")
-    return splits, notes
+    if skipped:
+        files = [f"{number} files ({suffix})" for suffix, number in skipped.most_common()]
+        notes.append(f"skipped: {', '.join(files)}")
+    return splits
 
 
 def find_images(folder: Path, skipped: Counter) -> tuple[list[str], list[str]]:
@@ -756,9 +705,7 @@ def find_images(folder: Path, skipped: Counter) -> tuple[list[str], list[str]]:
     for where, subfolders, files in os.walk(folder, followlinks=True, onerror=fail):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         kind = "".join(Path(where).relative_to(folder).parts[:1])
-        for name in sorted(files):
-            if name.startswith("."):
-                continue
+        for name in sorted(name for name in files if not name.startswith(".")):
             if torchvision.datasets.folder.is_image_file(name):
                 paths.append(f"{where}/{name}")
                 kinds.append(kind)
@@ -774,8 +721,8 @@ def decode(paths: np.ndarray, workers: int) -> Tensor | None:
         return None
     pixels = torch.empty(len(paths), *first.shape, dtype=torch.uint8)
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        images = progress(pool.map(read_image, paths), "reading images", len(paths))
-        for i, image in enumerate(images):
+        images = pool.map(read_image, paths)
+        for i, image in enumerate(progress(images, "reading images", len(paths))):
             if image.shape != first.shape:
                 pool.shutdown(cancel_futures=True)
                 return None
@@ -792,6 +739,7 @@ class Steps(Dataset):
         state = PartialState()
         self.rows = torch.arange(batch_size).chunk(state.num_processes)[state.process_index]
         self.epoch, self.order = -1, torch.empty(0)
+        self.step, self.drawn = -1, None
 
     def draw(self, step: int) -> tuple[Tensor, list[list[tuple[Tensor, ...]]]]:
         """What a step shows, as a function of the seed, the epoch and the step.
@@ -802,6 +750,8 @@ class Steps(Dataset):
             index [B] of the images, and for each recipe the parameters of its operations, of which
             row v * B + i belongs to view v of image i.
         """
+        if step == self.step:  # Without other processes, each step is asked for twice.
+            return self.drawn
         epoch, i = divmod(step, self.per_epoch)
         if epoch != self.epoch:
             rng = generator(self.seed, epoch)
@@ -812,7 +762,8 @@ class Steps(Dataset):
             rows = torch.cat([self.rows + view * self.batch_size for view in range(count)])
             n = count * self.batch_size
             drawn.append([tuple(v[rows] for v in op.draw(n, rng)) for op in operations])
-        return self.order[i * self.batch_size + self.rows], drawn
+        self.step, self.drawn = step, (self.order[i * self.batch_size + self.rows], drawn)
+        return self.drawn
 
     def __getitem__(self, step: int) -> list[Tensor]:
         index, drawn = self.draw(step)
@@ -831,10 +782,8 @@ def batches(
     is left out.
 
     Args:
-        images: the images to train on.
         recipes: pairs of a number of views and their operations, of which the first is a crop.
         batch_size: images per step, over all processes.
-        seed: of everything that is drawn.
         steps: their numbers, counted from the start of the run.
 
     Yields:
@@ -854,15 +803,16 @@ def batches(
 
 
 @lru_cache  # A new copy for each batch would make a GPU wait.
-def statistics_on(device: torch.device) -> tuple[Tensor, Tensor]:
-    """MEAN and STD, [3, 1, 1] each, on a device."""
-    return tuple(torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
+def scale_and_shift(device: torch.device) -> tuple[Tensor, Tensor]:
+    """What an image is multiplied by, and what is then added, by MEAN and STD: [3, 1, 1] each."""
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
+    return 1 / std, -mean / std
 
 
 def normalize(x: Tensor) -> Tensor:
-    """x [..., 3, H, W] in 0..1 as inputs of an encoder, by MEAN and STD."""
-    mean, std = statistics_on(x.device)
-    return (x - mean) / std
+    """x [..., 3, H, W] in 0..1 as inputs of an encoder."""
+    scale, shift = scale_and_shift(x.device)
+    return torch.addcmul(shift, x, scale)
 
 
 # --------------------------------------------------------------------------------------
@@ -908,7 +858,7 @@ def build_encoder(architecture: str, stem: str = "7x7", init: str | None = None)
         encoder.width = encoder.fc.in_features
         encoder.fc = nn.Identity()
     if init:
-        load_weights(encoder, read_weights(init)[0], f"{architecture} with the {stem} stem", init)
+        load_weights(encoder, read_weights(init)[0], f"{init} does not fit {architecture}, {stem}")
     return encoder
 
 
@@ -922,49 +872,33 @@ def save_encoder(path: Path, encoder: nn.Module, **about: object) -> None:
         file.write_bytes(safetensors.torch.save(weights, about))
 
 
-def load_encoder(
-    path: str | Path, architecture: str | None = None, stem: str | None = None
-) -> tuple[nn.Module, dict]:
-    """The encoder of a file, on the CPU, and what the file is about.
+def load_encoder(path: str | Path, architecture: str | None = None) -> tuple[nn.Module, dict]:
+    """The encoder of a file, on the CPU, and what the file is about; see `read_weights`.
 
-    Args:
-        path: of a file of `save_encoder`, or of another checkpoint with a ResNet.
-        architecture, stem: of the other checkpoint's ResNet. By default it is a ResNet-50, and the
-            stem follows from the first layer.
+    The architecture is for other people's files. By default it is resnet50.
     """
     weights, about = read_weights(path)
-    kernel = weights["conv1.weight"].shape[-1] if "conv1.weight" in weights else 7
-    chosen = {"architecture": architecture or "resnet50", "stem": stem or f"{kernel}x{kernel}"}
-    about = chosen | about
+    if not about:
+        size = weights["conv1.weight"].shape[-1]
+        about = {"architecture": architecture or "resnet50", "stem": f"{size}x{size}"}
     encoder = build_encoder(about["architecture"], about["stem"])
-    name = f"{about['architecture']} with the {about['stem']} stem"
-    load_weights(encoder, weights, name, path)
+    load_weights(encoder, weights, f"{path} does not fit {about['architecture']}")
     return encoder, about
 
 
-def load_weights(encoder: nn.Module, weights: dict, name: str, path: str | Path) -> None:
-    """Load weights under torchvision's names, or say what does not fit."""
-    wrong = []
-    for key, value in encoder.state_dict().items():
-        if "num_batches" not in key and (key not in weights or weights[key].shape != value.shape):
-            wrong.append(key)
-    if wrong:
-        first = weights.get("conv1.weight", torch.empty(0, 3))
-        channels = f"its first layer takes {first.shape[1]} channels, ours 3; " * (
-            first.shape[1] != 3
-        )
-        fail(
-            f"{path} does not fit a {name} ({channels}{len(wrong)} of its tensors are missing or "
-            f"differ in shape, such as {wrong[0]}): try another --arch or --stem"
-        )
-    encoder.load_state_dict(weights, strict=False)
+def load_weights(encoder: nn.Module, weights: dict[str, Tensor], message: str) -> None:
+    """Load weights, or end with the message and what does not fit."""
+    try:
+        encoder.load_state_dict(weights)
+    except RuntimeError as error:
+        fail(f"{message} and 3 channels: {str(error).splitlines()[-1].strip():.200}")
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """The weights of an encoder under torchvision's names, and what the file is about.
 
-    The file is one of `save_encoder`, or somebody else's checkpoint of a ResNet, of which no code
-    is run: then one line is printed about what of it was used.
+    The file is one of `save_encoder`; or somebody else's checkpoint with a ResNet. No code of it is
+    run, and one line says what of it is used.
     """
     about = {}
     try:
@@ -985,16 +919,12 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         return tensors, {name: json.loads(value) for name, value in about.items()}
 
     # The encoder is where the first convolution stands that is not of a second encoder.
-    convolutions = [
-        name
-        for name, value in tensors.items()
-        if value.ndim == 4 and not any(word in name for word in SECOND_ENCODERS)
-    ]
-    prefix = re.fullmatch(r"(.*?)(conv1|0)\.weight", (convolutions or [""])[0])
-    if not prefix:
+    names = [name for name in tensors if not any(word in name for word in SECOND_ENCODERS)]
+    first = next((name for name in names if tensors[name].ndim == 4), "")
+    prefix = first.removesuffix("conv1.weight").removesuffix("0.weight")
+    if prefix == first:
         names = ", ".join(list(tensors)[:3]) or "nothing"
         fail(f"{path} holds no ResNet under torchvision's names; it begins with {names}")
-    prefix = prefix[1]
     inside = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
     # If the layers have numbers, they are torchvision's in the same order.
     numbers = sorted({int(part) for name in inside if (part := name.split(".")[0]).isdecimal()})
@@ -1149,27 +1079,6 @@ def knn_accuracy(encoder: nn.Module, bank: Images, test: Images, size: int) -> f
     return accuracy(knn_predict(h, bank.labels, h_test), test.labels)
 
 
-def evaluate(encoder: nn.Module, bank: Images, test: Images, args: argparse.Namespace) -> list:
-    """Rows with the kNN and linear accuracy of an encoder, of an untrained one and of pixels."""
-    torch.manual_seed(args.seed)
-    untrained = build_encoder(args.arch, args.stem).to(bank.device)
-    networks = {
-        "trained": (encoder, args.image_size),
-        "untrained": (untrained, args.image_size),
-        "raw pixels": (nn.Flatten(), min(32, args.image_size)),
-    }
-    rows = []
-    for features, (network, size) in progress(networks.items(), "evaluation"):
-        x, x_test = (extract_features(network, images, size) for images in (bank, test))
-        votes = knn_predict(x, bank.labels, x_test)
-        logits = linear_probe(x, bank.labels, x_test, args.seed)
-        row = {"features": features}
-        for name, scores in (("kNN", votes), ("linear", logits)):
-            row[name] = accuracy(scores, test.labels)
-        rows.append(row)
-    return rows
-
-
 # --------------------------------------------------------------------------------------
 # What a run prints and leaves
 # --------------------------------------------------------------------------------------
@@ -1213,27 +1122,16 @@ def load_run(args: argparse.Namespace, images: Images) -> dict | None:
     args.run_id = saved["flags"]["run_id"] if saved else secrets.token_hex(4)
     if saved:
         before, now = saved["flags"], readable_flags(args)
-        ignored = (
-            "data",
-            "root",
-            "workers",
-            "out",
-            "eval_every",
-            "log_with",
-            "epochs",
-            "init",
-            "run_id",
-        )
-        changed = [name for name in now if now[name] != before.get(name) and name not in ignored]
+        changed = [name for name in now if now[name] != before.get(name) and name not in IGNORED]
         if changed or args.epochs < epochs:
             was = "; ".join(f"{name} was {before.get(name)}" for name in changed)
             fail(
                 f"the run in {args.out} has {epochs} epochs, and other flags ({was or 'none'}): "
                 "repeat its command, with as many --epochs or more, or choose another --out"
             )
-        jump = ", and the learning rate jumps to the longer schedule"
-        longer = jump if args.epochs != before["epochs"] else ""
-        PartialState().print(f"continuing after epoch {epochs} of {args.epochs}{longer}")
+        jump = "; the learning rate jumps to where the new schedule stands"
+        jump = jump if args.epochs != before["epochs"] else ""
+        PartialState().print(f"continuing after epoch {epochs} of {args.epochs}{jump}")
     if PartialState().is_main_process:
         with atomic_write(args.out / "config.json") as file:
             file.write_text(json.dumps(readable_flags(args), indent=1))
@@ -1246,16 +1144,15 @@ def save_run(
     """Write metrics.jsonl, encoder.safetensors and checkpoint.pt; by the main process."""
     if not PartialState().is_main_process:
         return
-    try:
-        with atomic_write(args.out / "metrics.jsonl") as file:
-            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        if encoder:
-            about = {"architecture": args.arch, "stem": args.stem, "image_size": args.image_size}
-            save_encoder(args.out / "encoder.safetensors", encoder, **about, data=args.data)
-        with atomic_write(args.out / "checkpoint.pt") as file:
-            torch.save({"flags": readable_flags(args), "rows": rows, **state}, file)
-    except (OSError, RuntimeError) as error:  # of which torch raises the second on a full disk
-        fail(f"--out {args.out} cannot be written ({error!s:.200})")
+    with atomic_write(args.out / "metrics.jsonl") as file:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if encoder:
+        about = {"architecture": args.arch, "stem": args.stem, "image_size": args.image_size}
+        save_encoder(args.out / "encoder.safetensors", encoder, **about, data=args.data)
+    buffer = io.BytesIO()  # If the disk is full, torch.save would not say so.
+    torch.save({"flags": readable_flags(args), "rows": rows, **state}, buffer)
+    with atomic_write(args.out / "checkpoint.pt") as file:
+        file.write_bytes(buffer.getbuffer())
 
 
 def readable_flags(args: argparse.Namespace) -> dict:
@@ -1274,12 +1171,25 @@ def start_trackers(accelerator: Accelerator, method: str, args: argparse.Namespa
 def finish(
     args: argparse.Namespace, encoder: nn.Module, bank: Images | None, test: Images | None
 ) -> None:
-    """Evaluate the encoder, and write and print the results."""
+    """Evaluate the encoder, an untrained one and raw pixels; print and write the results."""
     state = PartialState()
     if test is None:
         state.print("there are no labeled test images, so there is no accuracy")
         return
-    rows = evaluate(encoder, bank, test, args)
+    torch.manual_seed(args.seed)
+    networks = {
+        "trained": encoder,
+        "untrained": build_encoder(args.arch, args.stem).to(bank.device),
+        "raw pixels": nn.Flatten(),
+    }
+    rows = []
+    for features, network in progress(networks.items(), "evaluation"):
+        size = args.image_size if features != "raw pixels" else min(32, args.image_size)
+        x, x_test = (extract_features(network, images, size) for images in (bank, test))
+        votes = knn_predict(x, bank.labels, x_test)
+        logits = linear_probe(x, bank.labels, x_test, args.seed)
+        scores = {"kNN": accuracy(votes, test.labels), "linear": accuracy(logits, test.labels)}
+        rows.append({"features": features} | scores)
     error = 196 * math.sqrt(0.25 / len(test))  # at most: 1.96 standard errors of a share of 1/2
     state.print(f"accuracy on {len(test)} test images in percent, ± {error:.1f}")
     state.print("\n".join(describe(row) for row in rows))
@@ -1299,8 +1209,8 @@ def save_pictures(path: Path, images: Tensor, columns: int) -> None:
 def save_views(path: Path, images: Images, index: Tensor, views: list[Tensor]) -> None:
     """Save up to eight images of a batch (first row), and the views that the network is shown."""
     size = views[0].shape[-1]
-    mean, std = statistics_on(torch.device("cpu"))
+    scale, shift = scale_and_shift(torch.device("cpu"))
     shown = [next(middles(images, index[:8], size)).cpu()]
     for same_size in views:
-        shown += [F.interpolate(view[:8].cpu(), size) * std + mean for view in same_size]
+        shown += [F.interpolate((view[:8].cpu() - shift) / scale, size) for view in same_size]
     save_pictures(path, torch.cat(shown), len(index[:8]))

@@ -133,8 +133,8 @@ def train(
     size: int,
     recipe: Recipe,
     frozen: bool,
-    seed: int,
     accelerator: Accelerator,
+    seed: int,
 ) -> nn.Module:
     """Train a linear layer on an encoder, and a copy of the encoder too unless it is frozen.
 
@@ -148,8 +148,8 @@ def train(
         size: side of the crops, in pixels.
         recipe: how to train.
         frozen: leave the encoder as it is, in eval mode.
-        seed: of the layer, the batches and the crops.
         accelerator: of the run.
+        seed: of the layer, the batches and the crops.
 
     Returns:
         The encoder with its layer: x -> logits [B, classes].
@@ -188,7 +188,7 @@ def train(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return network.eval()
+    return network
 
 
 def save_neighbors(
@@ -255,8 +255,12 @@ def main(argv: list[str] | None = None) -> None:
     add("--image-size", type=common.count, help="side of its inputs (default: as trained)")
 
     add = parser.add_argument_group("random and other repositories' encoders").add_argument
-    add("--arch", choices=common.ARCHITECTURES, help="default: resnet18 or, of others, resnet50")
-    add("--stem", choices=("3x3", "7x7"), help="default: 3x3 up to 64 pixels or, of others, theirs")
+    add(
+        "--arch",
+        choices=common.ARCHITECTURES,
+        help="architecture (default: resnet18, of others resnet50)",
+    )
+    add("--stem", choices=("3x3", "7x7"), help="of random (default: 3x3 up to 64 pixels)")
 
     add = parser.add_argument_group("knn").add_argument
     add("--knn-k", type=common.count, default=20, help="how many neighbors vote")
@@ -273,13 +277,13 @@ def main(argv: list[str] | None = None) -> None:
     device = accelerator.device
     about = {}
     if args.encoder != "random":
-        encoder, about = common.load_encoder(args.encoder, args.arch, args.stem)
+        encoder, about = common.load_encoder(args.encoder, args.arch)
     args.data = args.data or about.get("data")
     if not args.data:
         common.fail(f"--data is needed, since {args.encoder} does not say on what it was trained")
     _, bank, test = common.load_splits(args.data, args.root, args.limit, device, args.workers)
-    if bank is None:
-        common.fail(f"--data {args.data} has no labels, or no test images: use a set with both")
+    if test is None:
+        common.fail(f"--data {args.data} has no labeled training and test images: use another")
 
     # What the flags leave open.
     args.image_size = args.image_size or about.get("image_size") or min(224, bank.side)
@@ -310,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.encoder == "random":
             torch.manual_seed(seed)
             encoder = common.build_encoder(args.arch, args.stem)
-        encoder = encoder.to(device, memory_format=torch.channels_last).eval()
+        encoder = encoder.to(device, memory_format=torch.channels_last)
         before = copy.deepcopy(encoder.state_dict())
         images = bank.take(labeled)
 
@@ -323,7 +327,7 @@ def main(argv: list[str] | None = None) -> None:
             scores = common.knn_predict(h[labeled], images.labels, h_test, *vote)
         else:
             frozen = args.protocol == "linear-augmented"
-            network = train(encoder, images, args.image_size, recipe, frozen, seed, accelerator)
+            network = train(encoder, images, args.image_size, recipe, frozen, accelerator, seed)
             scores = common.extract_features(network, test, args.image_size)  # the logits
         if not scores.isfinite().all():
             common.fail(

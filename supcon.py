@@ -204,10 +204,11 @@ def main(argv: list[str] | None = None) -> None:
     # Encoder f and head g, or a classifier, are one module, so that a step is one forward pass.
     torch.manual_seed(args.seed)
     encoder = common.build_encoder(args.arch, args.stem, args.init)
-    hidden = [args.hidden or encoder.width] * (args.head_layers - 1)
-    head = torchvision.ops.MLP(encoder.width, [*hidden, args.dim])
     if args.loss == "ce":
         head = nn.Linear(encoder.width, images.num_classes)
+    else:
+        hidden = [args.hidden or encoder.width] * (args.head_layers - 1)
+        head = torchvision.ops.MLP(encoder.width, [*hidden, args.dim])
     network = nn.Sequential(encoder, head).to(device, memory_format=torch.channels_last)
     if accelerator.num_processes > 1 and device.type == "cuda":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)

@@ -1,95 +1,65 @@
-"""What the test suite runs in processes of their own; see `start` in conftest.py."""
+"""Processes of their own, forked from one that has imported torch and the scripts."""
 
-import gc
-import importlib
 import multiprocessing
 import os
-import resource
-import runpy
 import signal
-import sys
+import socket
+import time
 from pathlib import Path
 
-import psutil
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("simclr", "moco", "swav", "supcon", "drlim", "linear_eval")
+# Python source that has a run save a checkpoint after each epoch.
+SAVE_OFTEN = "import common\ncommon.SAVE_SECONDS = 0\n"
+
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["child", *SCRIPTS])
 
 
-def run_script(script: str, argv: list[str], output: str, environment: dict, options: dict) -> None:
-    """Run `python SCRIPT argv`, with stdout and stderr in the file `output`.
+def command(script: str, argv: list[str]) -> str:
+    """Python source that does what `python SCRIPT.py ARGV` does."""
+    path = str(ROOT / f"{script}.py")
+    argv = [f"{script}.py", *argv]
+    return f"import runpy, sys\nsys.argv = {argv}\nrunpy.run_path({path!r}, run_name='__main__')\n"
 
-    Options change the world in which the script runs, not the script:
-        save_always: save a checkpoint after each step, not only every ten minutes.
-        die_in_save: SIGKILL in the middle of this save, counted from 1.
-        file_size: files cannot grow beyond this many bytes, as if the disk were full.
-        start_method: how Python starts the processes that read files, such as "spawn".
-    """
+
+def execute(source: str, output: str, environment: dict[str, str]) -> None:
+    """Execute Python source, with what it prints in the file `output`."""
     os.environ.update(environment)
     file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    sys.argv = [f"{script}.py", *argv]
-    if "file_size" in options:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that writing raises OSError
-        resource.setrlimit(resource.RLIMIT_FSIZE, (options["file_size"], options["file_size"]))
-    if "start_method" in options:
-        multiprocessing.set_start_method(options["start_method"], force=True)
-    if "die_in_save" in options:
-        torch.save = dying(torch.save, options["die_in_save"])
-    if not options.get("save_always"):
-        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
-        return
-    module = importlib.import_module(script)
-    module.SAVE_MINUTES = 0
-    module.main(argv)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    exec(source, {})
 
 
-def dying(save, which: int):
-    """torch.save, but for the call `which`, which leaves half a file and kills the process."""
-    calls = 0
+class Child:
+    """One process that executes Python source, or several that find each other as torchrun's do."""
 
-    def save_or_die(value, path):
-        nonlocal calls
-        calls += 1
-        save(value, path)
-        if calls == which:
-            whole = Path(path).read_bytes()
-            Path(path).write_bytes(whole[: len(whole) // 2])
-            os.kill(os.getpid(), signal.SIGKILL)
+    def __init__(self, source: str, output: Path, processes: int = 1, **environment: str) -> None:
+        self.output = output
+        if processes > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                environment |= {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(processes)}
+                environment |= {"MASTER_PORT": str(free.getsockname()[1])}
+        self.processes = []
+        for rank in range(processes):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+            argv = (source, str(output), environment | own)
+            self.processes.append(server.Process(target=execute, args=argv))
+            self.processes[-1].start()
 
-    return save_or_die
+    def wait_for(self, path: Path) -> None:
+        """Wait until a file is there."""
+        while not path.exists():
+            assert self.processes[0].is_alive(), self.output.read_text()
+            time.sleep(0.002)
 
-
-def watch_memory(method: str, path: str, steps: str, *argv: str) -> None:
-    """Run a method, and write the resident memory at some of its steps, in bytes.
-
-    Args:
-        method: the name of its script.
-        path: the file that is written.
-        steps: their numbers, with commas.
-        argv: the flags of the script.
-    """
-    module = importlib.import_module(method)
-    real, wanted = module.learning_rate, {int(step) for step in steps.split(",")}
-    resident = []
-
-    def watching(step: int, *args: object) -> float:
-        if step in wanted:
-            gc.collect()
-            resident.append(psutil.Process().memory_info().rss)
-        return real(step, *args)
-
-    module.learning_rate = watching
-    module.main(list(argv))
-    Path(path).write_text(" ".join(map(str, resident)))
-
-
-def run_function(name: str, argv: list[str], output: str, environment: dict, options: dict) -> None:
-    """Run "module.function" of the tests with argv, like `run_script`."""
-    os.environ.update(environment)
-    file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    module, function = name.split(".")
-    getattr(importlib.import_module(module), function)(*argv, **options)
+    def end(self, *exit_codes: int) -> str:
+        """Wait for the end, which must be with these exit codes; what was printed."""
+        for process in self.processes:
+            process.join(200)
+        text = self.output.read_text()
+        assert [process.exitcode for process in self.processes] == list(exit_codes), text
+        return text

@@ -1,383 +1,423 @@
-"""Sets, folders and batches."""
+"""What a run reads: folders, arrays and files, what is said of them, and the batches they give."""
 
-import gzip
-import os
-import pickle
-import platform
-import subprocess
-import sys
-from functools import partial
-from pathlib import Path
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import SHARED, arguments, metrics, refused, run, same_model, write_folder
-from PIL import Image
+from PIL import Image, TiffImagePlugin
+from torch.utils.data import dataloader
+from torchvision.transforms.v2 import functional as TF
 
 import common
-import linear_eval
-import supcon
-from common import ColorJitter, RandomApply, RandomResizedCrop, batches, load_splits
+from common import Images, RandomResizedCrop, batches, load_splits, one_line_errors
 
 CPU = torch.device("cpu")
 
 
-def fails(capsys, data, *words, root="nowhere", limit=None):
-    with pytest.raises(SystemExit) as exit_:
-        load_splits(str(data), str(root), limit, CPU, 2)
-    error = capsys.readouterr().err
-    assert exit_.value.code == 2 and error.count("\n") == 1
-    for word in words:
-        assert str(word) in error
+def noise(*shape, seed=0):
+    """Random pixels."""
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-def test_bundled_images_are_the_first_thousand_of_each_class(shared, tmp_path):
-    raw = {}
-    for name in ("train", "t10k"):
-        for kind, skip in (("images-idx3", 16), ("labels-idx1", 8)):
-            file = SHARED / "fashion-mnist" / f"{name}-{kind}-ubyte.gz"
-            raw[name, kind] = np.frombuffer(gzip.decompress(file.read_bytes()), np.uint8)[skip:]
-    labels, images = raw["train", "labels-idx1"], raw["train", "images-idx3"].reshape(-1, 1, 28, 28)
-    first = np.sort(np.concatenate([np.flatnonzero(labels == c)[:1000] for c in range(10)]))
-    data, bank, test, _ = load_splits("fashion-mini", "nowhere", None, CPU, 1)
-    assert data is bank
-    np.testing.assert_array_equal(bank.pixels, images[first])
-    np.testing.assert_array_equal(bank.labels, labels[first])
-    np.testing.assert_array_equal(test.pixels.flatten(), raw["t10k", "images-idx3"])
-    np.testing.assert_array_equal(test.labels, raw["t10k", "labels-idx1"])
-    assert (common.Path(common.__file__).parent / "data/fashion-mini.npz").stat().st_size < 9e6
+def write(folder, names, width=12, height=12):
+    """Write random pictures, each of its own, under some names; returns the folder."""
+    for i, name in enumerate(names.split()):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise(height, width, 3, seed=i)).save(folder / name)
+    return folder
 
 
-def test_without_the_bundled_file_it_is_named(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
-    fails(capsys, "fashion-mini", tmp_path / "data" / "fashion-mini.npz", "restore it")
+def load(data, limit=None, workers=0):
+    return load_splits(str(data), "nowhere", limit, CPU, workers)
 
 
-def test_memory_that_a_step_freed_is_there_for_the_next(tmp_path):
-    if platform.libc_ver()[0] != "glibc":
-        pytest.skip("it is glibc that would hand the memory back")
-    program = """
-import resource, torch, common
-common.keep_freed_memory()
-def faults():
-    began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    _ = [torch.ones(10 * 2**20) for _ in range(6)]  # 40 MiB: glibc's own threshold ends at 32
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - began
-print([faults() for _ in range(6)][-1])"""
-    environment = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(common.__file__).parent,
-        env=environment,
+def line_of(capsys, data):
+    """The line that is printed about what was read."""
+    load(data)
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1
+    return printed.strip()
+
+
+def refused(data, *words):
+    """Reading ends in one line, which holds some words."""
+    with pytest.raises(SystemExit) as error, one_line_errors():
+        load(data)
+    message = str(error.value)
+    assert message.startswith("error: ") and "\n" not in message
+    assert [word for word in words if word not in message] == [], message
+
+
+# --------------------------------------------------------------------------------------
+# Folders
+# --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_a_folder_of_two_parts_with_a_folder_for_each_class(tmp_path, capsys, part):
+    write(tmp_path, f"train/b/1.png train/a/deep/2.png train/a/1.PNG {part}/b/3.png {part}/b/4.png")
+    said = "train: 3 images, 2 classes, 12x12 RGB; test: 2 images, 2 classes, 12x12 RGB"
+    assert line_of(capsys, tmp_path) == said
+    images, bank, test = load(tmp_path)
+    assert images is bank and bank.labels.tolist() == [0, 0, 1] and test.labels.tolist() == [1, 1]
+    names = ["train/a/1.PNG", "train/a/deep/2.png", "train/b/1.png"]
+    assert images.paths.tolist() == [str(tmp_path / name) for name in names]
+    expected = [np.array(Image.open(path)).transpose(2, 0, 1) for path in images.paths]
+    np.testing.assert_array_equal(images.pixels, expected)
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        ("train/b/1.png train/a/2.png", [0, 1]),
+        ("b/1.png a/2.png", [0, 1]),
+        ("train/a/1.png train/b/2.png val/1.png val/2.png", [0, 1]),
+        ("1.png 2.png", [-1, -1]),
+        ("train/1.png train/2.png val/a/1.png val/b/2.png", [-1, -1]),
+    ],
+)
+def test_without_labeled_test_images_nothing_is_evaluated(tmp_path, names, labels):
+    images, bank, test = load(write(tmp_path, names))
+    assert images.labels.tolist() == labels
+    assert bank is (images if labels[0] == 0 else None) and test is None
+
+
+def test_what_is_left_out_is_named(tmp_path, capsys):
+    parts = ("train", "val", "test", "unlabeled", ".cache")
+    write(tmp_path, " ".join(f"{part}/a/{i}.png" for part in parts for i in "12"))
+    assert line_of(capsys, tmp_path).endswith("; ignored: test, unlabeled")
+    said = line_of(capsys, write(tmp_path, "train/outside.png"))
+    assert said.count("no classes") == 1 and "1 images lie outside" in said
+    assert line_of(capsys, write(tmp_path, "beside.png")) != said
+    for name in ("train/1.heic", "val/2.heic", "train/3.jfif", "train/4.npy"):
+        (tmp_path / name).touch()
+    assert "skipped: 2 files (.heic), 1 files (.jfif), 1 files (.npy)" in line_of(capsys, tmp_path)
+    for i in range(50):  # as DICOM files are often named
+        (tmp_path / "train" / f"IM{i:05}").touch()
+    assert line_of(capsys, tmp_path).count("files (") < 7
+    assert "val_images" in line_of(capsys, arrays(tmp_path, val_images=noise(2, 9, 9)))
+
+
+def test_names_that_begin_with_a_dot_are_neither_images_nor_classes(tmp_path, capsys):
+    write(
+        tmp_path, "a/1.png b/2.png ._3.png a/._4.png .cache/5.png a/.cache/6.png __MACOSX/._2.png"
     )
-    assert int(run.stdout) < 100  # pages, usually of 4 KiB
+    (tmp_path / ".DS_Store").touch()
+    assert line_of(capsys, tmp_path) == "train: 2 images, 2 classes, 12x12 RGB"
 
 
-def write_idx(folder, name, count):
-    """MNIST's files as its makers packed them: image i of class i % 10, filled with i.
-
-    Test images are filled with 100 + i.
-    """
-    raw = folder / name / "raw"
-    raw.mkdir(parents=True)
-    for part, first in (("train", 0), ("t10k", 100)):
-        images = np.repeat(np.arange(first, first + count, dtype=np.uint8), 784)
-        labels = (np.arange(count) % 10).astype(np.uint8)
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(
-            np.array([0x803, count, 28, 28], ">i4").tobytes() + images.tobytes()
-        )
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(
-            np.array([0x801, count], ">i4").tobytes() + labels.tobytes()
-        )
+def test_links_are_followed_once_and_names_may_be_of_any_bytes(tmp_path):
+    write(tmp_path, "there/1.png set/2.png set/deep/3.png set/é.png set/\udce9.png")
+    (tmp_path / "set" / "link").symlink_to(tmp_path / "there")
+    assert len(load(tmp_path / "set")[0].identity.split()) > 2
+    (tmp_path / "set" / "deep" / "again").symlink_to(tmp_path / "set")
+    assert len(load(tmp_path / "set")[0]) == 5
 
 
-def arrays_of(folder):
-    """The images and labels of class folders, as the arrays of an .npz file."""
-    _, bank, test, _ = load_splits(str(folder), "nowhere", None, CPU, 1)
-    arrays = {"train_images": bank.pixels, "train_labels": bank.labels}
-    arrays |= {"test_images": test.pixels, "test_labels": test.labels}
-    return {name: array.numpy() for name, array in arrays.items()}
+def test_limit_is_the_start_of_one_shuffle_of_the_training_images(tmp_path):
+    names = [f"{part}/{i % 2}/{i}.png" for part in ("train", "val") for i in range(9)]
+    write(tmp_path, " ".join(names))
+    whole, five, three = (load(tmp_path, limit)[0] for limit in (None, 5, 3))
+    assert len(five) == 5 and len(load(tmp_path, 5)[2]) == len(load(tmp_path, 99)[0]) == 9
+    assert torch.equal(five.pixels[:3], three.pixels)
+    index = torch.tensor([whole.paths.tolist().index(path) for path in five.paths])
+    assert not torch.equal(index, torch.arange(5)) and torch.equal(five.labels, whole.labels[index])
+    assert torch.equal(whole.take(index).pixels, five.pixels)
+    assert whole.take(index).paths.tolist() == five.paths.tolist() and whole.num_classes == 2
 
 
-@pytest.mark.parametrize("layout", ["[N, C, H, W]", "[N, H, W, C]", "[N, H, W]"])
-def test_arrays_are_the_same_images_in_each_layout(folder, tmp_path, layout):
-    arrays = arrays_of(folder)
-    expected = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    for name in ("train_images", "test_images"):
-        if layout == "[N, H, W]":
-            expected[name] = expected[name][:, :1]
-            arrays[name] = arrays[name][:, 0]
-        elif layout == "[N, H, W, C]":
-            arrays[name] = arrays[name].transpose(0, 2, 3, 1)
-    np.savez(tmp_path / "stripes.npz", **arrays)
-    data, bank, test, _ = load_splits(str(tmp_path / "stripes.npz"), "nowhere", None, CPU, 1)
-    assert data is bank and bank.classes == ["0", "1", "2"]
-    assert torch.equal(bank.pixels, expected["train_images"])
-    assert torch.equal(bank.labels, expected["train_labels"])
-    assert torch.equal(test.pixels, expected["test_images"])
-    assert torch.equal(test.labels, expected["test_labels"])
+def test_wrong_folders_are_one_line(tmp_path):
+    refused(tmp_path / "nowhere", "nowhere", "cifar10", "folder")
+    refused(write(tmp_path / "one", "1.png"), "two are needed")
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    refused(tmp_path / "empty", "no images", "empty/train")
+    refused(write(tmp_path / "new", "train/a/1.png train/a/2.png val/b/1.png"), "val", " b,")
 
 
-def test_a_file_of_arrays_trains_as_a_folder_of_the_same_images(folder, tmp_path, capsys):
-    file = tmp_path / "stripes.npz"
-    arrays = arrays_of(folder)
-    np.savez(file, **arrays)
-    from_folder = run("supcon", folder, tmp_path / "folder", "--limit 40")
-    from_arrays = run("supcon", file, tmp_path / "arrays", "--limit 40")
-    assert same_model(from_folder, from_arrays)
-    assert metrics(from_folder)[-1]["knn"] == metrics(from_arrays)[-1]["knn"]
-
-    capsys.readouterr()
-    linear_eval.main([str(from_arrays / "encoder.safetensors"), "--protocol", "knn"])
-    knn = metrics(from_arrays)[-1]["knn"]
-    assert f"{knn:.1f}" in capsys.readouterr().out
-
-    for name in ("train_images", "train_labels"):  # another pixel of each image, or other labels
-        changed = {name: arrays[name].copy()}
-        changed[name].reshape(48, -1)[:, 0] = changed[name].reshape(48, -1)[::-1, 0]
-        np.savez(file, **arrays | changed)
-        argv = arguments("supcon", file, from_arrays, "--limit 40")
-        assert "images was" in refused(capsys, supcon.main, argv)
+def test_the_identity_is_of_names_and_not_of_the_folder(tmp_path):
+    images = load(write(tmp_path / "here", "a/1.png b/2.png"))[0]
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert load(tmp_path / "there")[0].identity == images.identity
+    (tmp_path / "there" / "b" / "2.png").rename(tmp_path / "there" / "b" / "3.png")
+    assert load(tmp_path / "there")[0].identity != images.identity
 
 
-def test_arrays_without_labels_are_for_training_alone(folder, tmp_path):
-    np.savez(tmp_path / "stripes.npz", train_images=arrays_of(folder)["train_images"])
-    data, bank, test, validation = load_splits(
-        str(tmp_path / "stripes.npz"), "nowhere", 40, CPU, 1, holdout=5
-    )
-    assert len(data) == 40 and (data.labels == -1).all()
-    assert bank is test is validation is None
+# --------------------------------------------------------------------------------------
+# Arrays and torchvision's sets
+# --------------------------------------------------------------------------------------
+
+LABELS = np.arange(6) % 3
 
 
-@pytest.mark.parametrize(("data", "name"), [("mnist", "MNIST"), ("fashionmnist", "FashionMNIST")])
-def test_mnist_and_fashionmnist_are_read_from_root(tmp_path, data, name):
-    write_idx(tmp_path, name, 20)
-    _, bank, test, _ = load_splits(data, str(tmp_path), None, CPU, 1)
-    assert bank.pixels.shape == test.pixels.shape == (20, 1, 28, 28)
-    assert bank.pixels[7].unique().tolist() == [7] and bank.labels[17] == 7
-    assert test.pixels[7].unique().tolist() == [107]
-    held_out = load_splits(data, str(tmp_path), None, CPU, 1, holdout=19)[3]
-    assert held_out.pixels.max() < 100 and len(held_out) == 19
+def arrays(folder, **changed):
+    """Write an .npz file of 6 images of 3 classes, with some arrays changed, or None to drop."""
+    file = {"train_images": noise(6, 12, 10), "train_labels": LABELS}
+    file |= {"test_images": noise(6, 12, 10, seed=1), "test_labels": LABELS[::-1]} | changed
+    np.savez(folder / "mine.npz", **{k: v for k, v in file.items() if v is not None})
+    return folder / "mine.npz"
 
 
-@pytest.mark.parametrize("data", ["cifar10", "cifar100"])
-def test_cifar_is_read_from_root(tmp_path, monkeypatch, data):
-    kind = getattr(torchvision.datasets, data.upper())
-    folder = tmp_path / kind.base_folder
-    folder.mkdir()
-    for i, (name, _) in enumerate(kind.train_list + kind.test_list):
-        pixels = np.full((4, 3, 32, 32), i, np.uint8)
-        pixels[:, 1] = 100
-        key = "labels" if data == "cifar10" else "fine_labels"
-        entry = {"data": pixels.reshape(4, -1), key: [0, 1, 2, 3]}
-        (folder / name).write_bytes(pickle.dumps(entry))
-    (folder / kind.meta["filename"]).write_bytes(pickle.dumps({kind.meta["key"]: list("abcd")}))
-    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": None})  # torchvision's own check
-    monkeypatch.setattr(kind, "_check_integrity", lambda self: True)
-    _, bank, test, _ = load_splits(data, str(tmp_path), None, CPU, 1)
-    assert bank.pixels.shape == (4 * len(kind.train_list), 3, 32, 32)
-    assert bank.pixels[0, 0].unique().tolist() == [0]
-    assert bank.pixels[:, 1].unique().tolist() == [100] and bank.labels[3] == 3
-    assert test.pixels[0, 2].unique().tolist() == [len(kind.train_list)]
-    assert bank.pixels.is_contiguous()
+@pytest.mark.parametrize(
+    "shape", [(6, 12, 10), (6, 1, 12, 10), (6, 12, 10, 1), (6, 3, 12, 10), (6, 12, 10, 3)]
+)
+def test_arrays_of_all_shapes(tmp_path, capsys, shape):
+    path = arrays(tmp_path, train_images=noise(*shape))
+    channels = "RGB" if 3 in shape else "gray"
+    said = f"train: 6 images, 3 classes, 10x12 {channels}; test: 6 images, 3 classes, 10x12 gray"
+    assert line_of(capsys, path) == said
+    images, bank, test = load(path)
+    expected = noise(*shape) if shape[-1] == 10 else noise(*shape).transpose(0, 3, 1, 2)
+    np.testing.assert_array_equal(images.pixels, expected.reshape(6, -1, 12, 10))
+    assert images is bank and bank.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    assert test.labels.tolist() == [2, 1, 0, 2, 1, 0] and images.pixels.is_contiguous()
 
 
-def test_the_memory_limit_is_a_processs_share_of_the_machine(monkeypatch):
-    memory = SimpleNamespace(total=8 * 2**30)
-    monkeypatch.setattr(common.psutil, "virtual_memory", lambda: memory)
-    assert common.memory_limit() == 2 * 2**30
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert common.memory_limit() == 2**29
-    memory.total = 2**50
-    assert common.memory_limit() == common.MAX_IMAGE_BYTES
+@pytest.mark.parametrize("values", [[1, 2, 10], [7, 30_000, 300_000], np.uint64([0, 4, 255])])
+def test_classes_are_numbered_by_what_occurs(tmp_path, values):
+    labels = np.array(values)[LABELS]
+    images, _, test = load(arrays(tmp_path, train_labels=labels, test_labels=labels[::-1]))
+    assert images.num_classes == 3 and images.labels.tolist() == LABELS.tolist()
+    assert test.labels.tolist() == LABELS[::-1].tolist()
 
 
-@pytest.mark.parametrize("variable", ["ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"])
-def test_processes_that_a_launcher_started_share_the_cores(monkeypatch, variable):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(6), raising=False)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # what the launchers set
-    torch.set_num_threads(1)
-    common.use_all_cores()
-    assert torch.get_num_threads() == 1  # Without a launcher it is the user's choice.
-    monkeypatch.setenv(variable, "no")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    common.use_all_cores()
-    assert torch.get_num_threads() == 3
-    torch.set_num_threads(2)
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    common.use_all_cores()
-    assert torch.get_num_threads() == 2  # The user has asked the launcher for two.
+def test_a_label_of_minus_one_is_none(tmp_path):
+    some = np.array([-1, 5, 9, -1, 5, 5])
+    images, bank, test = load(arrays(tmp_path, train_labels=some, test_labels=some.clip(5)))
+    assert len(images) == 6 and bank.labels.tolist() == [0, 1, 0, 0] and len(test) == 6
+    assert torch.equal(bank.pixels, images.pixels[[1, 2, 4, 5]])
+    for labels in (None, some * 0 - 1):
+        images, bank, test = load(arrays(tmp_path, train_labels=labels))
+        assert images.labels.tolist() == [-1] * 6 and bank is test is None
+        assert load(arrays(tmp_path, test_labels=labels))[2] is None
+    test = load(arrays(tmp_path, test_labels=LABELS - 1))[2]
+    assert test is None or test.labels.tolist() == [0, 1, 0, 1]
 
 
-def test_stl10_pretrains_on_its_unlabelled_images(tmp_path, monkeypatch):
-    kind = torchvision.datasets.STL10
-    folder = tmp_path / kind.base_folder
-    folder.mkdir()
-    for name, count in (("train", 3), ("test", 2), ("unlabeled", 5)):
-        np.full((count, 3, 96, 96), count, np.uint8).tofile(folder / f"{name}_X.bin")
-        (np.arange(count) + 1).astype(np.uint8).tofile(folder / f"{name}_y.bin")
-    (folder / "class_names.txt").write_text("a\nb\nc\n")
-    monkeypatch.setattr(kind, "_check_integrity", lambda self: True)
-    data, bank, test, _ = load_splits("stl10", str(tmp_path), None, CPU, 1)
-    assert [len(v) for v in (data, bank, test)] == [5, 3, 2]
-    assert data.labels.tolist() == [-1] * 5 and bank.labels.tolist() == [0, 1, 2]
-    assert data.pixels.unique().tolist() == [5]
-    assert data.pixels.is_contiguous()  # Selecting images is then several times as fast.
-    splits = load_splits("stl10", str(tmp_path), None, CPU, 1, holdout=1)
-    assert [len(images) for images in splits] == [5, 2, 2, 1]
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"train_labels": np.array([*"abcabc"])}, ["<U1", "numbers"]),
+        ({"test_labels": LABELS / 2}, ["test", "float64", "numbers"]),
+        ({"train_labels": LABELS[:, None]}, ["train", "[6, 1]"]),
+        ({"test_labels": LABELS + 1}, ["test_labels", "3"]),
+        ({"train_images": noise(6, 9, 9) / 255}, ["train", "float64", "uint8"]),
+        ({"train_images": noise(6, 12, 10, 4)}, ["train", "[6, 12, 10, 4]"]),
+        ({"train_images": noise(6, 4, 12, 10)}, ["train", "[6, 4, 12, 10]"]),
+        ({"train_images": noise(0, 9, 9), "train_labels": LABELS[:0]}, ["train", "0"]),
+        ({"train_images": None}, ["train_images"]),
+    ],
+)
+def test_wrong_arrays_are_one_line(tmp_path, changed, words):
+    refused(arrays(tmp_path, **changed), "mine.npz", *words)
 
 
-def test_a_download_without_network_is_one_line(capsys, tmp_path, monkeypatch):
-    for name in ("http_proxy", "https_proxy"):  # where nothing answers
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    fails(capsys, "cifar10", "cifar10", "downloaded", root=tmp_path)
+def test_files_that_are_no_arrays_are_one_line(tmp_path):
+    path = arrays(tmp_path)
+    path.write_bytes(path.read_bytes()[:-300])
+    refused(path, "mine.npz", "cannot be read")
+    with path.open("wb") as file:
+        np.save(file, noise(6, 9, 9))
+    refused(path, "mine.npz", "train_images")
+    refused(tmp_path / "absent.npz", "absent.npz", "No such file")
 
 
-def test_folders_give_every_image_with_its_class(folder):
-    data, bank, test, _ = load_splits(str(folder), "nowhere", None, CPU, 3)
-    assert data is bank and bank.pixels.shape == (48, 3, 12, 12) and len(test) == 18
-    assert bank.labels.bincount().tolist() == [16] * 3  # sorted: across, along, both
-    file = sorted((folder / "train" / "along").iterdir(), key=str)[0]
-    pixels = np.asarray(Image.open(file)).transpose(2, 0, 1)
-    np.testing.assert_array_equal(bank.pixels[16], pixels)
+def test_stl10_trains_on_its_unlabeled_images(monkeypatch):
+    def read(root, split, download):
+        count = {"train": 3, "test": 2, "unlabeled": 5}[split]
+        labels = np.full(count, -1) if split == "unlabeled" else np.arange(count)
+        return SimpleNamespace(data=noise(count, 3, 9, 9), labels=labels)
+
+    monkeypatch.setattr(torchvision.datasets, "STL10", read)
+    images, bank, test = load("stl10")
+    assert images.labels.tolist() == [-1] * 5 and images.pixels.shape == (5, 3, 9, 9)
+    assert bank.labels.tolist() == [0, 1, 2] and test.labels.tolist() == [0, 1]
 
 
-def test_limit_is_the_start_of_one_shuffle_of_the_training_images(folder):
-    _, all_of_them, _, _ = load_splits(str(folder), "nowhere", None, CPU, 1)
-    _, ten, test, _ = load_splits(str(folder), "nowhere", 10, CPU, 1)
-    _, five, _, _ = load_splits(str(folder), "nowhere", 5, CPU, 1)
-    assert len(ten) == 10 and len(test) == 18 and torch.equal(ten.pixels[:5], five.pixels)
-    assert len(ten.labels.unique()) > 1  # shuffled, not the first class
-    for image, label in zip(ten.pixels, ten.labels, strict=True):
-        same = (all_of_them.pixels == image).flatten(1).all(1)
-        assert all_of_them.labels[same].tolist() == [label]
+# --------------------------------------------------------------------------------------
+# Image files
+# --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_held_out_images_are_the_end_of_that_shuffle_and_no_others_change(folder, stream):
-    load = partial(load_splits, str(folder), "nowhere", device=CPU, workers=1, stream=stream)
-
-    def pixels(images):
-        return images.centers(torch.arange(len(images)), 12)
-
-    _, everything, test, validation = load(limit=None)
-    assert validation is test
-    _, limited, _, _ = load(limit=20)
-    for limit, left in ((None, 41), (20, 20), (45, 41)):
-        images, bank, same_test, held_out = load(limit=limit, holdout=7)
-        assert images is bank and (len(bank), len(held_out)) == (left, 7)
-        assert torch.equal(pixels(same_test), pixels(test))
-        if limit == 20:
-            assert torch.equal(pixels(bank), pixels(limited))
-        both = torch.cat([pixels(bank), pixels(held_out)]).flatten(1)
-        assert len(both.unique(dim=0)) == left + 7  # no image is in both
-        labels = torch.cat([bank.labels, held_out.labels])
-        known = pixels(everything).flatten(1)
-        for image, label in zip(both, labels, strict=True):
-            assert everything.labels[(known == image).all(1)].tolist() == [label]
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_images_of_8_bits_are_read_as_rgb(tmp_path, mode, suffix):
+    image = Image.fromarray(noise(8, 12, 3)).convert(mode)
+    path = tmp_path / f"image.{suffix if mode != 'CMYK' else 'tif'}"
+    image.save(path)
+    pixels = common.read_image(path).permute(1, 2, 0)
+    np.testing.assert_array_equal(pixels, np.array(image.convert("RGB")))
 
 
-def test_holding_out_all_images_is_refused_and_without_labels_none_are(folder, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        load_splits(str(folder), "nowhere", None, CPU, 1, holdout=48)
-    error = capsys.readouterr().err
-    assert "--holdout 48" in error and error.count("\n") == 1
-    images, *others = load_splits(str(folder / "train"), "nowhere", None, CPU, 1, holdout=8)
-    assert len(images) == 48 and others == [None] * 3
-    assert "--holdout" in capsys.readouterr().out
-
-
-def test_orientation_and_modes_of_files(tmp_path):
-    folder = write_folder(tmp_path / "a", 1, 1)
+def test_images_of_unusual_forms_are_read(tmp_path):
+    (tmp_path / "text.ppm").write_text("P3 1 1 255 7 8 9")
+    assert common.read_image(tmp_path / "text.ppm").flatten().tolist() == [7, 8, 9]
     exif = Image.Exif()
-    exif[0x112] = 3  # upside down
-    pixels = np.zeros((12, 12), np.uint8)
-    pixels[0] = 255
-    Image.fromarray(pixels).save(folder / "train" / "along" / "0.png", exif=exif)
-    _, bank, _, _ = load_splits(str(folder), "nowhere", None, CPU, 1)
-    assert bank.pixels[1, :, 11].min() == 255 and bank.pixels[1, :, :11].max() == 0
+    exif[0x112] = 6  # to be turned by 90 degrees, clockwise
+    pixels = noise(8, 12, 3)
+    Image.fromarray(pixels).save(tmp_path / "a png named.jpg", "png", exif=exif)
+    turned = common.read_image(tmp_path / "a png named.jpg").permute(1, 2, 0)
+    np.testing.assert_array_equal(turned, np.rot90(pixels, -1))
 
 
-def test_bad_folders_are_refused_in_one_line(tmp_path, capsys):
-    fails(capsys, tmp_path / "missing", "missing", "cifar10")
-    fails(capsys, "cifar11", "cifar11", "cifar10")
-    (tmp_path / "empty").mkdir()
-    fails(capsys, tmp_path / "empty", "empty", "images")
-    (tmp_path / "empty" / "test").mkdir()
-    fails(capsys, tmp_path / "empty", "empty", "train")
-    folder = write_folder(tmp_path / "classes", 2, 2)
-    (folder / "test" / "more").mkdir()
-    fails(capsys, folder, "more")  # without an image
-    Image.new("RGB", (12, 12)).save(folder / "test" / "more" / "0.png")
-    fails(capsys, folder, "more", "both splits")
-    folder = write_folder(tmp_path / "damaged", 2, 2)
-    whole = (folder / "train" / "both" / "1.png").read_bytes()
-    (folder / "train" / "both" / "0.png").write_bytes(whole[: len(whole) // 2])
-    fails(capsys, folder, "both/0.png", "cannot be read")
-    (folder / "train" / "both" / "0.png").write_bytes(b"no image")
-    (folder / "train" / "both" / "1.png").write_bytes(b"nor this")
-    fails(capsys, folder, "both/0.png", "cannot be read")
-    deep = Image.fromarray(np.full((12, 12), 40000, np.uint16))
-    deep.save(folder / "train" / "both" / "0.png")
-    fails(capsys, folder, "both/0.png", "8 bits")
+PNG_OF_16_BITS = bytes.fromhex(  # one RGB pixel
+    "89504e470d0a1a0a0000000d4948445200000001000000011002000000c0e78f9d"
+    "0000000b4944415478da6360000300000700012122db130000000049454e44ae426082"
+)
 
 
-RECIPES = [
-    (2, [RandomResizedCrop(8), RandomApply(ColorJitter(0.4, 0.4, 0.4, 0.1), 0.8)]),
-    (3, [RandomResizedCrop(6)]),
-]
+def write_tiff(path, bits, bands, planes=1):
+    """Write an RGB image of four pixels that may have more bands, in planes or pixel by pixel."""
+    size = 4 * bands * bits // 8 // planes
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags.update({256: 2, 257: 2, 278: 2, 259: 1, 262: 2})  # 2x2, not compressed, RGB
+    tags.update({258: (bits,) * bands, 277: bands, 284: min(planes, 2), 338: (0,) * (bands - 3)})
+    tags.update({273: tuple(range(0, planes * size, size)), 279: (size,) * planes})
+    with path.open("wb") as file:
+        tags.save(file)
+        file.write(bytes(planes * size))
 
 
-def test_batches_cover_an_epoch_in_an_order_of_its_own(folder):
-    data, _, _, _ = load_splits(str(folder), "nowhere", None, CPU, 1)
-    steps = list(batches(data, RECIPES, 10, 0, 0, 8))
-    assert len(steps) == 8
-    order = torch.cat([index for index, _ in steps])
-    assert len(order[:40].unique()) == len(order[40:].unique()) == 40  # the last 8 are left out
-    assert not torch.equal(order[:40], order[40:])
-    large, small = steps[0][1]
-    assert large.shape == (2, 10, 3, 8, 8) and small.shape == (3, 10, 3, 6, 6)
-    assert not torch.equal(large[0], large[1])
+@pytest.mark.parametrize(
+    ("name", "write_image", "word"),
+    [
+        ("rgb.png", lambda path: path.write_bytes(PNG_OF_16_BITS), "RGB;16"),
+        ("gray.png", lambda path: Image.fromarray(np.uint16([[9]])).save(path), "I;16"),
+        ("12.ppm", lambda path: path.write_bytes(b"P6 1 1 4095 123456"), "4095"),
+        ("16.tif", lambda path: write_tiff(path, 16, 3), "RGB;16"),
+        ("planes.tif", lambda path: write_tiff(path, 16, 3, 3), "16"),
+        ("four.tif", lambda path: write_tiff(path, 8, 4), "RGBX"),
+        ("five.tif", lambda path: write_tiff(path, 8, 5), "RGBXX"),
+        ("real.tif", lambda path: Image.fromarray(np.float32([[9]])).save(path), "32F"),
+    ],
+)
+def test_images_that_would_lose_bits_or_bands_are_refused(tmp_path, name, write_image, word):
+    write_image(tmp_path / name)
+    refused(write(tmp_path, "right.png"), f"{name} cannot be read", word)
 
 
-def test_views_show_the_images_of_their_index(folder):
-    data, _, _, _ = load_splits(str(folder), "nowhere", None, CPU, 1)
-    whole = RandomResizedCrop(12, (1.0, 1.0), (1.0, 1.0), flip=0.0)
-    for index, (views,) in batches(data, [(2, [whole])], 8, 0, 0, 6):
-        torch.testing.assert_close(views[0], data.pixels[index] / 255)
-        torch.testing.assert_close(views[1], views[0])
+@pytest.mark.parametrize("height", [40, 41])  # Images of several sizes are read at each step.
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("half.jpg", None), ("empty.png", b""), ("bomb.ppm", b"P6 60000 60000 255 ")],
+)
+def test_a_damaged_file_is_named_when_it_is_read(tmp_path, name, content, height):
+    write(write(tmp_path, f"0.png {name}", 40, 40), "1.png 2.png", 40, height)
+    content = (tmp_path / name).read_bytes()[:1500] if content is None else content
+    (tmp_path / name).write_bytes(content)
+    for workers in (0, 2):
+        with pytest.raises(SystemExit, match=name) as error, one_line_errors():
+            images = load(tmp_path, workers=workers)[0]
+            list(batches(images, [(2, [RandomResizedCrop(4)])], 2, 0, range(4)))
+        assert str(error.value).startswith("error: ") and "\n" not in str(error.value)
 
 
-def test_batches_are_a_function_of_seed_epoch_and_step(folder):
-    data, _, _, _ = load_splits(str(folder), "nowhere", None, CPU, 1)
-    straight = list(batches(data, RECIPES, 8, 3, 0, 12))
-    torch.rand(5)  # nobody else's randomness counts
-    resumed = list(batches(data, RECIPES, 8, 3, 7, 12))
-    for (index, views), (index_, views_) in zip(straight[7:], resumed, strict=True):
+def zeros(n, height=1, width=1):
+    """Images in memory."""
+    pixels = torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(n, 1, height, width)
+    return Images(pixels, None, torch.zeros(n).long(), CPU, 0)
+
+
+def flags_for(images, *argv):
+    """What the flags are for some images."""
+    presets = {"small": {"lr": 1.0}, "large": {"lr": 2.0}, "fashion-mini": {"lr": 3.0}}
+    parser = common.build_parser("", presets)
+    return common.parse_for(images, parser, presets, ["--data", "a/b.npz", *argv])
+
+
+def test_defaults_follow_from_the_images_and_flags_win():
+    # A power of two that leaves about 64 steps in an epoch
+    sizes = {20: 20, 40: 32, 4095: 32, 4096: 64, 10_000: 128, 32_767: 256, 32_768: 512, 10**6: 512}
+    assert {n: flags_for(zeros(n)).batch_size for n in sizes} == sizes
+    small, large = flags_for(zeros(9, 64, 99)), flags_for(zeros(9, 300, 260))
+    assert (small.image_size, small.stem, small.lr) == (64, "3x3", 1)
+    assert (large.image_size, large.stem, large.lr) == (224, "7x7", 2)
+    args = flags_for(zeros(9, 300, 260), "--image-size", "32", "--lr", "9")
+    assert (args.image_size, args.stem, args.lr) == (32, "3x3", 9) and args.out.name.endswith("-b")
+    assert flags_for(zeros(9), "--data", "fashion-mini").lr == 3
+
+
+def test_the_median_of_the_shorter_sides_decides_what_is_small(tmp_path):
+    write(write(tmp_path / "photographs", "0.png 1.png", 9, 9), "2.png 3.png 4.png", 90, 70)
+    assert flags_for(load(tmp_path / "photographs")[0]).image_size == 70
+    write(write(tmp_path / "both", "0.png 1.png", 60, 100), "2.png 3.png", 100, 60)
+    assert flags_for(load(tmp_path / "both")[0]).image_size == 60
+
+
+@pytest.mark.parametrize("tall", ["", "3.png 4.png", "3.png 4.png 5.png"])
+def test_long_images_are_warned_of_once(tmp_path, capsys, tall):
+    write(write(tmp_path / "long", "1.png 2.png", 280, 28), tall, 28, 280)
+    assert line_of(capsys, tmp_path / "long").count("only squares") == 1
+    assert "squares" not in line_of(capsys, arrays(tmp_path))
+
+
+def test_on_a_gpu_are_at_most_a_quarter_of_its_free_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * 99, 10**9))
+    assert common.place(torch.zeros(100, dtype=torch.uint8), torch.device("cuda")).device == CPU
+
+
+# --------------------------------------------------------------------------------------
+# Batches
+# --------------------------------------------------------------------------------------
+
+JITTER = common.RandomApply(common.ColorJitter(0.4, 0.4, 0.4, 0.1), 0.8)
+RECIPES = [(2, [RandomResizedCrop(8), JITTER]), (3, [RandomResizedCrop(6, (0.05, 0.3))])]
+
+
+@pytest.fixture(scope="module")
+def memory(tmp_path_factory):
+    """Eleven smooth images, as photographs are."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for i in range(11):
+        coarse = Image.fromarray(noise(4, 4, 3, seed=i))
+        coarse.resize((40, 30), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+    return load(folder)[0]
+
+
+def test_an_epoch_is_each_image_once_in_an_order_of_its_own(memory):
+    index = torch.cat([index for index, _ in batches(memory, [], 3, 0, range(6))])
+    first, second = index.view(2, 9).tolist()
+    assert len({*first}) == len({*second}) == 9 and first != second
+
+
+def test_views_are_normalized_crops_of_their_images(memory):
+    whole = (2, [RandomResizedCrop(30, (1, 1), (4 / 3, 4 / 3), flip=0)])
+    index, (views,) = next(batches(memory, [whole], 4, 0, range(1)))
+    x = memory.pixels[index]
+    expected = TF.normalize(TF.resize(x, [30, 30]) / 255, common.MEAN, common.STD)
+    torch.testing.assert_close(views, expected.expand(2, -1, -1, -1, -1), atol=0.02, rtol=0)
+    torch.testing.assert_close(next(common.middles(memory, index, 30)), x[..., 5:35] / 255)
+
+
+def test_files_give_what_memory_gives_to_two_gray_levels(memory):
+    both = (memory, replace(memory, pixels=None))
+    crops = [(count, operations[:1]) for count, operations in RECIPES]
+    runs = [list(batches(images, crops, 4, 7, range(5))) for images in both]
+    for (index, views), (index_, views_) in zip(*runs, strict=True):
         assert torch.equal(index, index_)
-        assert all(torch.equal(a, b) for a, b in zip(views, views_, strict=True))
-    other = next(batches(data, RECIPES, 8, 4, 7, 12))
-    assert not torch.equal(other[0], resumed[0][0])
-    assert not torch.equal(straight[0][1][0], straight[6][1][0])
+        for a, b in zip(views, views_, strict=True):
+            torch.testing.assert_close(a, b, atol=2 / 255 / min(common.STD), rtol=0)
+    encoder = common.build_encoder("small")
+    torch.testing.assert_close(*[common.extract_features(encoder, images, 30) for images in both])
 
 
-def test_gray_sets_become_three_channels():
-    data = common.ImagesInMemory(
-        torch.arange(4 * 64, dtype=torch.uint8).view(4, 1, 8, 8), torch.zeros(4)
-    )
-    _, (views,) = next(batches(data, [(1, [RandomResizedCrop(8)])], 4, 0, 0, 1))
-    assert views.shape == (1, 4, 3, 8, 8) and torch.equal(views[:, :, 0], views[:, :, 2])
-    assert data.centers(torch.tensor([2]), 4).shape == (1, 3, 4, 4)
+def test_views_depend_neither_on_the_readers_nor_on_where_a_run_continues(memory):
+    files = replace(memory, pixels=None)
+    expected = list(batches(files, RECIPES, 4, 7, range(6)))
+    for workers, start in ((0, 3), (2, 0), (3, 4)):
+        images = replace(files, workers=workers)
+        continued = list(batches(images, RECIPES, 4, 7, range(start, 6)))
+        for (index, views), (index_, views_) in zip(continued, expected[start:], strict=True):
+            assert torch.equal(index, index_) and all(map(torch.equal, views, views_))
+    assert not torch.equal(next(batches(files, RECIPES, 4, 8, range(1)))[1][0], expected[0][1][0])
 
 
-def test_every_view_of_every_image_has_parameters_of_its_own():
-    image = torch.randint(256, (1, 3, 16, 16), dtype=torch.uint8)
-    data = common.ImagesInMemory(image.repeat(12, 1, 1, 1), torch.zeros(12))
-    _, (views, _) = next(batches(data, RECIPES, 12, 0, 0, 1))
-    assert len(views.flatten(0, 1).flatten(1).unique(dim=0)) == 24
+def test_processes_are_started_only_for_several_steps_with_files(memory, monkeypatch):
+    monkeypatch.setattr(dataloader, "_MultiProcessingDataLoaderIter", None)
+    files = replace(memory, pixels=None, workers=2)
+    list(batches(replace(memory, workers=2), RECIPES, 4, 0, range(3)))
+    list(batches(files, RECIPES, 4, 0, range(1)))
+    with pytest.raises(TypeError):
+        list(batches(files, RECIPES, 4, 0, range(3)))

@@ -1,25 +1,33 @@
-"""What a CUDA device computes, against the CPU, and runs of each script on it to the end."""
+"""What a GPU computes, against the CPU, and commands on it; the CPU runs each of them as well."""
 
 import signal
-import time
-from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import METHODS, arguments, checkpoint, metrics, start
+from child import SAVE_OFTEN, Child, command
+from conftest import METHODS, TINY, metrics, words
 from torch import nn
 
 import common
 import drlim
+import linear_eval
 import moco
 import simclr
 import supcon
 import swav
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-ON_GPU = {"ACCELERATE_USE_CPU": "false"}
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=GPU)])
+def device(request):
+    return request.param
+
+
+def variables(device: str, **more: str) -> dict[str, str]:
+    """Of the environment of a process that works on a device."""
+    return {"ACCELERATE_USE_CPU": str(device == "cpu"), **more}
 
 
 # --------------------------------------------------------------------------------------
@@ -30,116 +38,110 @@ ON_GPU = {"ACCELERATE_USE_CPU": "false"}
 def losses(z: torch.Tensor, labels: torch.Tensor) -> dict:
     """The loss of each method on the embeddings z [2, B, D] of two views."""
     z1, z2 = F.normalize(z, dim=2)
-    generator = torch.Generator().manual_seed(0)
-    keys = F.normalize(torch.randn(64, z.shape[2], generator=generator), dim=1).to(z.device)
-    scores = torch.stack([z1 @ keys.T, z2 @ keys.T])
-    codes = torch.stack([swav.sinkhorn(s.detach(), 0.05) for s in scores])
-    both = torch.stack([z1, z2], dim=1)
+    keys = F.normalize(torch.randn(64, z.shape[2], generator=common.generator(0)), dim=1)
+    keys = keys.to(z.device)
+    scores = torch.stack([z1, z2]) @ keys.T
+    codes = torch.stack([swav.sinkhorn(part.detach(), 0.05) for part in scores])
     return {
         "simclr": simclr.nt_xent(z1, z2, 0.2),
         "moco": moco.info_nce(z1, z2.detach(), keys, 0.2),
         "swav": swav.swapped_prediction_loss(scores, codes, 0.1),
-        "supcon": supcon.supcon_loss(both, labels, 0.1),
+        "out": supcon.supcon_loss(torch.stack([z1, z2], dim=1), labels, 0.1),
+        "in": supcon.supcon_loss(torch.stack([z1, z2], dim=1), labels, 0.1, "in"),
         "drlim": drlim.contrastive_loss(z1, z2, labels % 2, 1.25),
     }
 
 
-def compute(folder: str, device_name: str, path: str) -> None:
+def compute(data: str, device_name: str, path: str) -> None:
     """Save what must not depend on the device: views, losses, gradients, steps and features."""
     device = torch.device(device_name)
     torch.backends.cudnn.allow_tf32 = False
-    images, bank, test, _ = common.load_splits(folder, "nowhere", None, device, 1)
+    images, bank, test = common.load_splits(data, "nowhere", None, device, 0)
     saved = {}
 
-    jitter = common.RandomApply(common.ColorJitter(0.8, 0.8, 0.8, 0.2), 0.8)
-    gray = common.RandomApply(common.grayscale, 0.2)
-    blur = common.RandomApply(common.GaussianBlur(3, (0.1, 2.0)), 0.5)
     recipes = []
-    for size in (12, 8):  # One is as large as the images, the other smaller.
-        recipes.append((2, [common.RandomResizedCrop(size), jitter, gray, blur]))
-    index, (views, small_views) = next(common.batches(images, recipes, 24, 0, 0, 1))
-    saved |= {"views": views, "small views": small_views}
+    for size in (12, 8):  # Crops are enlarged to one, and made smaller to the other.
+        operations = simclr.augmentation(simclr.OPERATIONS, size, 0.08, 1.0)
+        recipes.append((2, operations))
+    ((index, (views, saved["small views"])),) = common.batches(images, recipes, 24, 0, range(1))
+    saved["views"] = views
+    labels = bank.labels[index].to(device)
 
-    split = partial(moco.SplitBatchNorm, splits=4)
-    for name, norm_layer in (("plain", nn.BatchNorm2d), ("split", split)):
-        torch.manual_seed(0)
-        encoder = common.build_encoder("small", norm_layer=norm_layer)
-        network = nn.Sequential(encoder, simclr.projection_head(256, 2, 64, 32))
-        network.to(device, memory_format=torch.channels_last)
-        x = views.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        z = network(x).unflatten(0, (2, -1))
-        for method, loss in losses(z, bank.labels[index].to(device)).items():
-            network.zero_grad()
-            loss.backward(retain_graph=True)
-            saved[f"{name} {method} loss"] = loss.detach()[None]
-            gradients = [p.grad.flatten() for p in network.parameters() if p.grad is not None]
-            saved[f"{name} {method} gradients"] = torch.cat(gradients)
-        simclr.LARS(network.parameters(), 0.1, weight_decay=1e-4).step()
-        swav.LARC(network.parameters(), 0.1, momentum=0.9, weight_decay=1e-4).step()
-        saved[f"{name} weights"] = torch.cat([p.detach().flatten() for p in network.parameters()])
+    torch.manual_seed(0)
+    encoder = common.build_encoder("small")
+    network = nn.Sequential(encoder, simclr.projection_head(encoder.width, 2, 64, 32))
+    network.to(device, memory_format=torch.channels_last)
+    z = simclr.embed(network, views).transpose(0, 1)
+    for name, loss in losses(z, labels).items():
+        network.zero_grad()
+        loss.backward(retain_graph=True)
+        saved[f"{name} loss"] = loss.detach()
+        gradients = [p.grad.flatten() for p in network.parameters() if p.grad is not None]
+        saved[f"{name} gradients"] = torch.cat(gradients)
+    simclr.LARS(network.parameters(), 0.1, weight_decay=1e-4).step()
+    swav.LARC(network.parameters(), 0.1, weight_decay=1e-4).step()
+    saved["weights"] = torch.cat([p.detach().flatten() for p in network.parameters()])
 
     h, h_test = (common.extract_features(encoder, part, 12) for part in (bank, test))
-    saved |= {"features": h_test, "votes": common.knn_predict(h, bank.labels, h_test, 20, 0.07)}
-    saved["logits"] = common.linear_probe(h, bank.labels, h_test, 3)[0]
+    saved |= {"features": h_test, "votes": common.knn_predict(h, bank.labels, h_test)}
+    saved["logits"] = common.linear_probe(h, bank.labels, h_test)
     torch.save({name: value.cpu() for name, value in saved.items()}, path)
 
 
-@pytest.fixture(scope="module")
-def devices(folder, tmp_path_factory):
-    out = tmp_path_factory.mktemp("devices")
-    for device in ("cpu", "cuda"):
-        argv = ("test_gpu.compute", folder, device, out / device)
-        code, text = start(*argv, output=out / "text", environment=ON_GPU).wait()
-        assert code == 0, text
-    return [torch.load(out / device, weights_only=True) for device in ("cpu", "cuda")]
-
-
-def test_a_gpu_computes_what_the_cpu_computes(devices):
-    cpu, gpu = devices
-    assert cpu.keys() == gpu.keys()
-    for name, expected in cpu.items():
-        size = expected.abs().max()
-        assert size > 0, name
-        error = (gpu[name] - expected).abs().max() / size
-        # Gradients pass several layers, and a probe takes 400 steps: rounding adds up.
-        tolerance = 1e-3 if "gradients" in name or name == "logits" else 2e-5
-        assert error < tolerance, (name, error)
+def test_a_device_computes_what_the_cpu_computes(device, images, tmp_path):
+    for name in ("cpu", device):
+        call = (str(images), name, str(tmp_path / name))
+        source = f"import test_gpu\ntest_gpu.compute{call}\n"
+        Child(source, tmp_path / "text", **variables(name)).end(0)
+    expected, saved = (torch.load(tmp_path / name) for name in ("cpu", device))
+    for name, value in expected.items():
+        assert value.abs().max() > 0, name
+        error = (saved[name] - value).abs().max() / value.abs().max()
+        # Gradients pass several layers, and a probe takes many steps: rounding adds up.
+        assert error < (1e-3 if "gradients" in name or name == "logits" else 2e-5), name
 
 
 # --------------------------------------------------------------------------------------
-# Runs
+# Commands
 # --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("more", ["", "--stream --workers 2"], ids=["memory", "stream"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_in_bfloat16_ends_and_its_encoder_is_evaluated(method, few, tmp_path, more):
-    out, environment = tmp_path / "run", ON_GPU | {"ACCELERATE_MIXED_PRECISION": "bf16"}
-    argv = arguments(method, few, out, more)
-    code, text = start(method, *argv, output=tmp_path / "text", environment=environment).wait()
-    assert code == 0, text
-    assert all(0 < row["loss"] < 1e3 for row in metrics(out))
-    if method == "drlim":
-        return
-    for protocol in ("linear", "knn", "linear-augmented", "finetune"):
-        argv = [out / "encoder.safetensors", "--protocol", protocol, "--seeds", 1, "--epochs", 1]
-        argv += ["--batch-size", 8] if protocol in ("linear-augmented", "finetune") else []
-        evaluation = start("linear_eval", *argv, output=tmp_path / "text", environment=environment)
-        code, text = evaluation.wait()
-        assert code == 0, text
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_run_that_is_killed_on_a_gpu_continues(method, few, tmp_path):
-    out = tmp_path / "run"
-    argv = arguments(method, few, out, "--epochs 200 --eval-every 999")
-    killed = start(method, *argv, output=tmp_path / "text", environment=ON_GPU, save_always=True)
-    while not (out / "checkpoint.pt").exists() and killed.processes[0].is_alive():
-        time.sleep(0.01)
-    time.sleep(0.3)
+def test_a_bfloat16_run_is_killed_continues_and_is_evaluated(
+    method, device, images, folder, tmp_path
+):
+    bf16 = variables(device, ACCELERATE_MIXED_PRECISION="bf16")
+    flags = words(TINY[method], "--eval-every 9 --workers 1")
+    out, files = tmp_path / "run", tmp_path / "files"
+    run = command(method, [*flags, "--data", str(images), "--out", str(out), "--epochs", "24"])
+    killed = Child(SAVE_OFTEN + run, tmp_path / "text", **bf16)
+    killed.wait_for(out / "checkpoint.pt")
     killed.processes[0].kill()
-    assert killed.wait()[0] == -signal.SIGKILL
-    step = checkpoint(out)["step"]
-    code, text = start(method, *argv, output=tmp_path / "text", environment=ON_GPU).wait()
-    assert code == 0 and f"resuming after step {step} of" in text, text
-    assert (out / "results.json").exists()
+    killed.end(-signal.SIGKILL)
+
+    run += command(method, [*flags, "--data", str(folder), "--out", str(files)])
+    for protocol in linear_eval.USED_BY if method != "drlim" else ():
+        argv = words(out / "encoder.safetensors", "--protocol", protocol)
+        if protocol in ("linear-augmented", "finetune"):
+            argv += words("--epochs 1 --batch-size 16")
+        run += command("linear_eval", argv)
+    text = Child(run, tmp_path / "text", **bf16).end(0)
+    assert "continuing after epoch" in text and text.count(f"device: {device}") == run.count("run_path") + 1
+    for rows, epochs in ((metrics(out), 24), (metrics(files), 2)):
+        assert len(rows) == epochs and all(0 < row["loss"] < 1e3 for row in rows)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_compiled_run_ends(method, device, images, tmp_path):
+    backend = "INDUCTOR" if device == "cuda" else "EAGER"  # The first compiles for minutes on a CPU.
+    run = command(method, words(TINY[method], "--data", images, "--out", tmp_path / "run"))
+    Child(run, tmp_path / "text", **variables(device, ACCELERATE_DYNAMO_BACKEND=backend)).end(0)
+    assert all(0 < row["loss"] < 1e3 for row in metrics(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_share_a_device_and_its_batch_norm(method, device, images, tmp_path):
+    flags = "--optimizer sgd --lr 0.01" * (method != "drlim")
+    # NCCL refuses two processes on a GPU.
+    gloo = "from accelerate import PartialState\nPartialState(cpu={}, backend='gloo')\n"
+    ...

@@ -2,9 +2,6 @@
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from child import Child
 from torch import nn
 from torchvision.io import read_image
 
@@ -120,9 +118,8 @@ def test_linear_augmented_is_sgd_on_frozen_features_of_crops(encoder, splits, na
     before = {key: value.clone() for key, value in network.state_dict().items()}
     recipe = RECIPES[name]._replace(epochs=5, batch_size=50, lr=2)
     recipe = recipe._replace(weight_decay=1e4 * recipe.weight_decay)  # so that it is noticed
-    trained = linear_eval.train(network, splits[0], 28, recipe, True, 3, Accelerator())
+    trained = linear_eval.train(network, splits[0], 28, recipe, True, Accelerator(), 3)
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
-    assert not trained.training
 
     torch.manual_seed(3)
     W, b = (parameter.detach() for parameter in nn.Linear(256, 10).parameters())
@@ -145,7 +142,7 @@ def test_finetuning_trains_every_weight_of_a_copy(encoder, splits):
     network = common.load_encoder(encoder)[0].eval()
     before = {key: value.clone() for key, value in network.state_dict().items()}
     recipe = FINETUNE._replace(epochs=2, batch_size=50)
-    trained = linear_eval.train(network, splits[0], 28, recipe, False, 0, Accelerator())
+    trained = linear_eval.train(network, splits[0], 28, recipe, False, Accelerator(), 0)
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
     assert all(
         not torch.equal(value, before[key]) for key, value in trained[0].state_dict().items()
@@ -237,17 +234,19 @@ def test_only_drawn_labels_are_used(encoder, monkeypatch, protocol):
     real = getattr(module, name)
 
     def noting(first, second, *rest):
-        seen.append((first, second) if module is common else (second.pixels, second.labels))
+        used = (first, second) if module is common else (second.pixels, second.labels)
+        seen.append((*used, rest[-1]))
         return real(first, second, *rest)
 
     monkeypatch.setattr(module, name, noting)
     evaluate(encoder, "--protocol", protocol, "--labels", 3, "--seeds", 2, *BRIEF)
-    (x, y), (x_next, y_next) = seen
+    (x, y, seed), (x_next, y_next, seed_next) = seen
+    assert protocol == "knn" or (seed, seed_next) == (0, 1)
     assert len(x) == len(x_next) == 30 and not torch.equal(x, x_next)
     assert y.bincount().tolist() == y_next.bincount().tolist() == [3] * 10
 
 
-def test_a_random_encoder_is_new_for_every_seed(data, tmp_path):
+def test_a_random_encoder_is_new_for_every_seed(data, tmp_path, capsys):
     flags = f"random --arch small --data {data} --protocol knn --seeds 3 --limit 150 --out"
     runs = []
     for name in ("a", "b"):
@@ -256,6 +255,7 @@ def test_a_random_encoder_is_new_for_every_seed(data, tmp_path):
         runs.append(result["runs"])
     assert runs[0] == runs[1] and len({run["top-1"] for run in runs[0]}) > 1
     assert (result["limit"], result["arch"], result["stem"]) == (150, "small", "3x3")
+    assert "train: 150 images" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------
@@ -314,15 +314,11 @@ def evaluate_all(encoder: str, out: str) -> None:
 
 
 def test_two_processes_give_the_result_of_one(encoder, tmp_path):
-    code = f"import test_linear_eval as t; t.evaluate_all({str(encoder)!r}, {str(tmp_path)!r})"
-    (tmp_path / "two.py").write_text(code)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
-    command = [sys.executable, *launcher, str(tmp_path / "two.py")]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0 and run.stdout.count("processes: 2") == 5, run.stderr
-    evaluate_all(str(encoder), str(tmp_path))
+    argv = (str(encoder), str(tmp_path))
+    source = f"from test_linear_eval import evaluate_all\nevaluate_all(*{argv})"
+    printed = Child(source, tmp_path / "printed", processes=2).end(0, 0)
+    assert printed.count("processes: 2") == 5
+    evaluate_all(*argv)
     for protocol in linear_eval.USED_BY:
         two, one = json.loads((tmp_path / protocol / "eval.json").read_text())
         assert one == two
@@ -346,5 +342,5 @@ def test_files_that_are_missing_or_say_too_little_are_refused(data, tmp_path):
     with pytest.raises(SystemExit, match="nowhere"):
         main(["nowhere.safetensors", "--data", data])
     np.savez(tmp_path / "bare.npz", train_images=np.zeros((4, 8, 8), np.uint8))
-    with pytest.raises(SystemExit, match="no labels"):
+    with pytest.raises(SystemExit, match="no labeled"):
         main(["random", "--data", str(tmp_path / "bare.npz")])
