@@ -255,11 +255,8 @@ class RandomResizedCrop(NamedTuple):
         h = torch.where(found, h.gather(1, first), min(round(width / nearest), height))
         w = torch.where(found, w.gather(1, first), min(round(height * nearest), width))
 
-        # The product may be rounded up to one pixel too many: hence the minimum.
-        random_y = (top * (height - h + 1)).floor().minimum(height - h)
-        random_x = (left * (width - w + 1)).floor().minimum(width - w)
-        y = torch.where(found, random_y, (height - h) // 2)
-        x = torch.where(found, random_x, (width - w) // 2)
+        y = torch.where(found, (top * (height - h + 1)).floor(), (height - h) // 2)
+        x = torch.where(found, (left * (width - w + 1)).floor(), (width - w) // 2)
         return torch.cat([y, x, h, w], dim=1).long()
 
     def __call__(
@@ -909,6 +906,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         else:
             with torch.serialization.safe_globals(HARMLESS):
                 tensors = flatten(torch.load(path, map_location="cpu", weights_only=True))
+    except OSError:
+        raise
     except Exception as error:  # A damaged file can raise almost any exception.
         held = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it holds {held[1]}, which could run code" if held else str(error).split("\n")[0]

@@ -252,7 +252,9 @@ def main(argv: list[str] | None = None) -> None:
     add(
         "--workers", type=common.not_negative_int, default=workers, help="processes that read files"
     )
-    add("--image-size", type=common.count, help="side of its inputs (default: as trained)")
+    add(
+        "--image-size", type=common.count, help="side of the encoder's inputs (default: as trained)"
+    )
 
     add = parser.add_argument_group("random and other repositories' encoders").add_argument
     add(
@@ -267,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--knn-temperature", type=common.positive, default=0.07, help="temperature of the votes")
 
     add = parser.add_argument_group("linear-augmented and finetune").add_argument
-    add("--recipe", choices=RECIPES, help="of linear-augmented (default: the method's, or simclr)")
+    add("--recipe", choices=RECIPES, default="simclr", help="whose recipe linear-augmented uses")
     add("--epochs", type=common.count, help="passes over the images (default: the recipe's)")
     add("--batch-size", type=common.number(int, 2), help="images a step (default: the recipe's)")
     add("--lr", type=common.positive, help="first learning rate (default: by recipe and batch)")
@@ -289,8 +291,6 @@ def main(argv: list[str] | None = None) -> None:
     args.image_size = args.image_size or about.get("image_size") or min(224, bank.side)
     args.arch = about.get("architecture") or args.arch or "resnet18"
     args.stem = about.get("stem") or args.stem or ("3x3" if args.image_size <= 64 else "7x7")
-    if args.recipe is None:
-        args.recipe = about["method"] if about.get("method") in RECIPES else "simclr"
     if args.out is None and args.encoder == "random":
         args.out = Path("runs", f"random-{args.arch}-{Path(args.data).stem}")
     args.out = args.out or Path(args.encoder).parent
@@ -307,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     names = ["encoder", "data", "limit", "image_size", "arch", "stem", "protocol", "labels"]
     settings = {name: vars(args)[name] for name in (*names, *USED_BY[args.protocol])}
-    accelerator.print(", ".join(f"{name} {value}" for name, value in settings.items()))
+    accelerator.print(", ".join(f"{name} {value}" for name, value in settings.items() if value))
 
     runs = []
     for seed, labeled in enumerate(draws):
@@ -316,16 +316,17 @@ def main(argv: list[str] | None = None) -> None:
             encoder = common.build_encoder(args.arch, args.stem)
         encoder = encoder.to(device, memory_format=torch.channels_last)
         before = copy.deepcopy(encoder.state_dict())
-        images = bank.take(labeled)
+        y = bank.labels[labeled]
 
         if not trains and (seed == 0 or args.encoder == "random"):
             h, h_test = (common.extract_features(encoder, s, args.image_size) for s in (bank, test))
         if args.protocol == "linear":
-            scores = common.linear_probe(h[labeled], images.labels, h_test, seed)
+            scores = common.linear_probe(h[labeled], y, h_test, seed)
         elif args.protocol == "knn":
             vote = (args.knn_k, args.knn_temperature)
-            scores = common.knn_predict(h[labeled], images.labels, h_test, *vote)
+            scores = common.knn_predict(h[labeled], y, h_test, *vote)
         else:
+            images = bank if args.labels is None else bank.take(labeled)
             frozen = args.protocol == "linear-augmented"
             network = train(encoder, images, args.image_size, recipe, frozen, accelerator, seed)
             scores = common.extract_features(network, test, args.image_size)  # the logits

@@ -158,7 +158,8 @@ class LARS(torch.optim.Optimizer):
         buffer <- momentum * buffer + lr * trust_coefficient * |w| / |g| * g
         w <- w - buffer
 
-    Batch norm and biases, which have one dimension, are neither decayed nor adapted.
+    Batch norm and biases, which have one dimension, are neither decayed nor adapted. The factor of
+    g is lr alone where |w| is 0.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust_coefficient=0.001):
@@ -176,7 +177,9 @@ class LARS(torch.optim.Optimizer):
             g = w.grad
             if w.ndim > 1:
                 g = g + group["weight_decay"] * w
-                g = self.trust_coefficient * w.norm() / g.norm().clamp(min=1e-12) * g
+                norm = w.norm()
+                trust = self.trust_coefficient * norm / g.norm().clamp(min=1e-12)
+                g = torch.where(norm > 0, trust, 1.0) * g
             w -= self.state[w]["buffer"].mul_(self.momentum).add_(group["lr"] * g)
 
 

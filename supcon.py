@@ -132,9 +132,7 @@ def supcon_loss(z: Tensor, labels: Tensor, temperature: float, variant: str = "o
     if variant == "out":
         loss = -log_p.masked_fill(~positive, 0).sum(1) / count
     else:
-        # Anchors without a positive get a finite value first, or their gradient would be NaN.
-        included = positive | ~has_positive[:, None]
-        loss = count.log() - log_p.masked_fill(~included, -torch.inf).logsumexp(1)
+        loss = count.log() - log_p.masked_fill(~positive, -torch.inf).logsumexp(1)
     return loss.masked_fill(~has_positive, 0).sum() / has_positive.sum().clamp(min=1)
 
 

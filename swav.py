@@ -178,28 +178,31 @@ def swapped_prediction_loss(scores: Tensor, codes: Tensor, temperature: float) -
 
 
 class LARC(torch.optim.SGD):
-    """SGD with momentum whose gradient g of each parameter p is adapted (You et al. 2017), as
+    """Layer-wise adaptive rate control (You et al. 2017), as in NVIDIA's apex without clipping.
 
-    0.001 * |p| / (|g| + weight_decay * |p|) * (g + weight_decay * p)
+        g <- 0.001 * |p| / (|gradient| + weight_decay * |p|) * (gradient + weight_decay * p)
+
+    SGD with momentum follows. Where |p| is 0, as batch norm's shifts begin, g is the gradient.
     """
-
-    def __init__(self, params, lr: float, weight_decay: float) -> None:
-        super().__init__(params, lr, momentum=0.9)
-        self.decay = weight_decay
 
     @torch.no_grad()
     def step(self, closure=None):
-        for p in self.param_groups[0]["params"]:
+        group = self.param_groups[0]
+        decay = group["weight_decay"]
+        for p in group["params"]:
             if p.grad is not None:
-                trust = 0.001 * p.norm() / (p.grad.norm() + self.decay * p.norm() + 1e-8)
-                p.grad = trust * (p.grad + self.decay * p)
+                norm = p.norm()
+                trust = 0.001 * norm / (p.grad.norm() + decay * norm + 1e-8)
+                trust = torch.where(norm > 0, trust, 1.0)
+                # SGD adds decay * p, which g contains.
+                p.grad = trust * (p.grad + decay * p) - decay * p
         super().step(closure)
 
 
 def build_optimizer(name: str, params, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """The optimizer that --optimizer names."""
     if name == "larc":
-        return LARC(params, lr, weight_decay)
+        return LARC(params, lr, momentum=0.9, weight_decay=weight_decay)
     if name == "sgd":
         return torch.optim.SGD(params, lr, momentum=0.9, weight_decay=weight_decay)
     return torch.optim.AdamW(params, lr, weight_decay=weight_decay)

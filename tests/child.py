@@ -30,6 +30,7 @@ def execute(source: str, output: str, environment: dict[str, str]) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    multiprocessing.set_start_method(None, force=True)  # Scripts fork, or what is the default.
     exec(source, {})
 
 

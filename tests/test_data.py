@@ -1,12 +1,12 @@
 """What a run reads: folders, arrays and files, what is said of them, and the batches they give."""
 
+import traceback
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torchvision
 from PIL import Image, TiffImagePlugin
 from torch.utils.data import dataloader
 from torchvision.transforms.v2 import functional as TF
@@ -18,7 +18,6 @@ CPU = torch.device("cpu")
 
 
 def noise(*shape, seed=0):
-    """Random pixels."""
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
@@ -48,7 +47,7 @@ def refused(data, *words):
         load(data)
     message = str(error.value)
     assert message.startswith("error: ") and "\n" not in message
-    assert [word for word in words if word not in message] == [], message
+    assert all(word in message for word in words), message
 
 
 # --------------------------------------------------------------------------------------
@@ -90,7 +89,7 @@ def test_what_is_left_out_is_named(tmp_path, capsys):
     write(tmp_path, " ".join(f"{part}/a/{i}.png" for part in parts for i in "12"))
     assert line_of(capsys, tmp_path).endswith("; ignored: test, unlabeled")
     said = line_of(capsys, write(tmp_path, "train/outside.png"))
-    assert said.count("no classes") == 1 and "1 images lie outside" in said
+    assert said.count("no classes") == 1 and "1 images lie" in said
     assert line_of(capsys, write(tmp_path, "beside.png")) != said
     for name in ("train/1.heic", "val/2.heic", "train/3.jfif", "train/4.npy"):
         (tmp_path / name).touch()
@@ -134,15 +133,17 @@ def test_wrong_folders_are_one_line(tmp_path):
     refused(write(tmp_path / "one", "1.png"), "two are needed")
     (tmp_path / "empty" / "train").mkdir(parents=True)
     refused(tmp_path / "empty", "no images", "empty/train")
-    refused(write(tmp_path / "new", "train/a/1.png train/a/2.png val/b/1.png"), "val", " b,")
+    refused(write(tmp_path / "new", "train/a/1.png train/a/2.png val/b/1.png"), "'b' in val")
 
 
-def test_the_identity_is_of_names_and_not_of_the_folder(tmp_path):
-    images = load(write(tmp_path / "here", "a/1.png b/2.png"))[0]
+@pytest.mark.parametrize("names", ["1.png 2.png", "a/1.png b/2.png", "train/1.png train/2.png"])
+def test_the_identity_is_of_names_and_not_of_the_folder(tmp_path, names):
+    identity = load(write(tmp_path / "here", names))[0].identity
     (tmp_path / "here").rename(tmp_path / "there")
-    assert load(tmp_path / "there")[0].identity == images.identity
-    (tmp_path / "there" / "b" / "2.png").rename(tmp_path / "there" / "b" / "3.png")
-    assert load(tmp_path / "there")[0].identity != images.identity
+    assert load(tmp_path / "there")[0].identity == identity
+    last = tmp_path / "there" / names.split()[1]
+    last.rename(last.with_stem("3"))
+    assert load(tmp_path / "there")[0].identity != identity
 
 
 # --------------------------------------------------------------------------------------
@@ -200,14 +201,11 @@ def test_a_label_of_minus_one_is_none(tmp_path):
     ("changed", "words"),
     [
         ({"train_labels": np.array([*"abcabc"])}, ["<U1", "numbers"]),
-        ({"test_labels": LABELS / 2}, ["test", "float64", "numbers"]),
         ({"train_labels": LABELS[:, None]}, ["train", "[6, 1]"]),
-        ({"test_labels": LABELS + 1}, ["test_labels", "3"]),
+        ({"test_labels": LABELS + 1}, ["test", "class 3"]),
         ({"train_images": noise(6, 9, 9) / 255}, ["train", "float64", "uint8"]),
         ({"train_images": noise(6, 12, 10, 4)}, ["train", "[6, 12, 10, 4]"]),
         ({"train_images": noise(6, 4, 12, 10)}, ["train", "[6, 4, 12, 10]"]),
-        ({"train_images": noise(0, 9, 9), "train_labels": LABELS[:0]}, ["train", "0"]),
-        ({"train_images": None}, ["train_images"]),
     ],
 )
 def test_wrong_arrays_are_one_line(tmp_path, changed, words):
@@ -230,7 +228,7 @@ def test_stl10_trains_on_its_unlabeled_images(monkeypatch):
         labels = np.full(count, -1) if split == "unlabeled" else np.arange(count)
         return SimpleNamespace(data=noise(count, 3, 9, 9), labels=labels)
 
-    monkeypatch.setattr(torchvision.datasets, "STL10", read)
+    monkeypatch.setitem(common.SETS, "stl10", read)
     images, bank, test = load("stl10")
     assert images.labels.tolist() == [-1] * 5 and images.pixels.shape == (5, 3, 9, 9)
     assert bank.labels.tolist() == [0, 1, 2] and test.labels.tolist() == [0, 1]
@@ -289,8 +287,6 @@ def write_tiff(path, bits, bands, planes=1):
         ("16.tif", lambda path: write_tiff(path, 16, 3), "RGB;16"),
         ("planes.tif", lambda path: write_tiff(path, 16, 3, 3), "16"),
         ("four.tif", lambda path: write_tiff(path, 8, 4), "RGBX"),
-        ("five.tif", lambda path: write_tiff(path, 8, 5), "RGBXX"),
-        ("real.tif", lambda path: Image.fromarray(np.float32([[9]])).save(path), "32F"),
     ],
 )
 def test_images_that_would_lose_bits_or_bands_are_refused(tmp_path, name, write_image, word):
@@ -312,10 +308,10 @@ def test_a_damaged_file_is_named_when_it_is_read(tmp_path, name, content, height
             images = load(tmp_path, workers=workers)[0]
             list(batches(images, [(2, [RandomResizedCrop(4)])], 2, 0, range(4)))
         assert str(error.value).startswith("error: ") and "\n" not in str(error.value)
+        traceback.clear_frames(error.value.__context__.__traceback__)  # ends the processes
 
 
 def zeros(n, height=1, width=1):
-    """Images in memory."""
     pixels = torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(n, 1, height, width)
     return Images(pixels, None, torch.zeros(n).long(), CPU, 0)
 
@@ -328,7 +324,6 @@ def flags_for(images, *argv):
 
 
 def test_defaults_follow_from_the_images_and_flags_win():
-    # A power of two that leaves about 64 steps in an epoch
     sizes = {20: 20, 40: 32, 4095: 32, 4096: 64, 10_000: 128, 32_767: 256, 32_768: 512, 10**6: 512}
     assert {n: flags_for(zeros(n)).batch_size for n in sizes} == sizes
     small, large = flags_for(zeros(9, 64, 99)), flags_for(zeros(9, 300, 260))
@@ -353,9 +348,10 @@ def test_long_images_are_warned_of_once(tmp_path, capsys, tall):
     assert "squares" not in line_of(capsys, arrays(tmp_path))
 
 
-def test_on_a_gpu_are_at_most_a_quarter_of_its_free_memory(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * 99, 10**9))
-    assert common.place(torch.zeros(100, dtype=torch.uint8), torch.device("cuda")).device == CPU
+def test_on_a_gpu_is_less_than_a_quarter_of_its_free_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * 6 * 12 * 10, 10**9))
+    images = load_splits(str(arrays(tmp_path)), "nowhere", None, torch.device("cuda"), 0)[0]
+    assert images.pixels.device == CPU
 
 
 # --------------------------------------------------------------------------------------
@@ -416,8 +412,9 @@ def test_views_depend_neither_on_the_readers_nor_on_where_a_run_continues(memory
 
 def test_processes_are_started_only_for_several_steps_with_files(memory, monkeypatch):
     monkeypatch.setattr(dataloader, "_MultiProcessingDataLoaderIter", None)
-    files = replace(memory, pixels=None, workers=2)
-    list(batches(replace(memory, workers=2), RECIPES, 4, 0, range(3)))
-    list(batches(files, RECIPES, 4, 0, range(1)))
+    memory = replace(memory, workers=2)
+    files = replace(memory, pixels=None)
+    for images, steps in ((memory, 3), (files, 1)):
+        list(batches(images, RECIPES, 4, 0, range(steps)))
     with pytest.raises(TypeError):
         list(batches(files, RECIPES, 4, 0, range(3)))

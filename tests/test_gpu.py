@@ -89,11 +89,10 @@ def compute(data: str, device_name: str, path: str) -> None:
 
 
 def test_a_device_computes_what_the_cpu_computes(device, images, tmp_path):
-    for name in ("cpu", device):
-        call = (str(images), name, str(tmp_path / name))
-        source = f"import test_gpu\ntest_gpu.compute{call}\n"
+    for name, path in (("cpu", tmp_path / "expected"), (device, tmp_path / "saved")):
+        source = f"import test_gpu\ntest_gpu.compute({str(images)!r}, {name!r}, {str(path)!r})\n"
         Child(source, tmp_path / "text", **variables(name)).end(0)
-    expected, saved = (torch.load(tmp_path / name) for name in ("cpu", device))
+    expected, saved = (torch.load(tmp_path / name) for name in ("expected", "saved"))
     for name, value in expected.items():
         assert value.abs().max() > 0, name
         error = (saved[name] - value).abs().max() / value.abs().max()
@@ -126,22 +125,42 @@ def test_a_bfloat16_run_is_killed_continues_and_is_evaluated(
             argv += words("--epochs 1 --batch-size 16")
         run += command("linear_eval", argv)
     text = Child(run, tmp_path / "text", **bf16).end(0)
-    assert "continuing after epoch" in text and text.count(f"device: {device}") == run.count("run_path") + 1
+    assert (
+        "continuing after epoch" in text
+        and text.count(f"device: {device}") == run.count("run_path") + 1
+    )
     for rows, epochs in ((metrics(out), 24), (metrics(files), 2)):
         assert len(rows) == epochs and all(0 < row["loss"] < 1e3 for row in rows)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_compiled_run_ends(method, device, images, tmp_path):
-    backend = "INDUCTOR" if device == "cuda" else "EAGER"  # The first compiles for minutes on a CPU.
+    backend = (
+        "INDUCTOR" if device == "cuda" else "EAGER"
+    )  # The first compiles for minutes on a CPU.
     run = command(method, words(TINY[method], "--data", images, "--out", tmp_path / "run"))
     Child(run, tmp_path / "text", **variables(device, ACCELERATE_DYNAMO_BACKEND=backend)).end(0)
     assert all(0 < row["loss"] < 1e3 for row in metrics(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_two_processes_share_a_device_and_its_batch_norm(method, device, images, tmp_path):
-    flags = "--optimizer sgd --lr 0.01" * (method != "drlim")
-    # NCCL refuses two processes on a GPU.
-    gloo = "from accelerate import PartialState\nPartialState(cpu={}, backend='gloo')\n"
-    ...
+def test_two_processes_on_a_device_share_the_statistics_of_a_batch(
+    method, device, images, tmp_path
+):
+    argv = words("--data", images, "--epochs 1 --limit 16 --out", tmp_path / "run")
+    seen = []
+    for processes in (1, 2):
+        path = tmp_path / f"seen{processes}-"
+        # NCCL refuses two processes on one GPU.
+        source = "from accelerate import PartialState\n"
+        source += f"PartialState(cpu={device == 'cpu'}, backend='gloo')\n" * (processes - 1)
+        call = (method, argv, str(path), 1, True)
+        source += f"import test_processes\ntest_processes.record{call}\n"
+        both = variables(device, ACCELERATE_BYPASS_DEVICE_MAP="true")
+        Child(source, tmp_path / "text", processes, **both).end(*[0] * processes)
+        seen += [torch.load(f"{path}{rank}")["gradients"][0] for rank in range(processes)]
+    one, *two = seen
+    for gradient in two:
+        # On a CPU, they don't share them, and MoCo's never do.
+        alike = 1e-3 if device == "cuda" and method != "moco" else 2
+        assert 0 < (gradient - one).norm() + one.norm() < (1 + alike) * one.norm()

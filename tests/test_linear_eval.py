@@ -87,7 +87,7 @@ def test_a_protocol_prints_and_adds_its_result(encoder, data, capsys, protocol):
     assert (last["protocol"], last["data"], last["image_size"]) == (protocol, data, 28)
     assert last.get("recipe") == ("moco" if protocol == "linear-augmented" else None)
     printed = capsys.readouterr().out
-    assert f"protocol {protocol}, labels None" in printed
+    assert f"image_size 28, arch small, stem 3x3, protocol {protocol}" in printed
     assert "100 test images in percent, ± 9.8" in printed and "seed std" in printed
     assert (encoder.parent / "neighbours.png").exists() == (protocol in ("linear", "knn"))
 

@@ -311,7 +311,7 @@ def test_lars_and_larc_are_momentum_on_adapted_gradients(kind, shape):
     p = nn.Parameter(unit(*shape))
     w, buffer = p.detach().clone(), 0
     rates, gradients = [0.5, 0.2, 0.1], unit(3, *shape)
-    steps = take_steps(kind([p], lr=1, weight_decay=0.1), p, rates, gradients)
+    steps = take_steps(kind([p], lr=1, momentum=0.9, weight_decay=0.1), p, rates, gradients)
     for value, lr, g in zip(steps, rates, gradients, strict=True):
         if kind is LARC:  # It adapts all, and the learning rate is outside of the momentum.
             g = 0.001 * w.norm() / (g.norm() + 0.1 * w.norm()) * (g + 0.1 * w)

@@ -145,15 +145,12 @@ def test_boxes_are_distributed_as_torchvisions(height, width, least):
     assert flip.float().mean().item() == pytest.approx(0.5, abs=0.02)
 
 
-def test_boxes_lie_in_their_own_image_even_for_the_largest_numbers():
+def test_boxes_lie_in_the_image_even_for_the_largest_numbers():
     crop = RandomResizedCrop(8)
-    *place, _ = crop.draw(N, common.generator(9))
-    heights, widths = torch.arange(20, 20 + N), torch.arange(90, 90 - N, -1)
-    each = [crop.boxes(*[v[i : i + 1] for v in place], heights[i], widths[i]) for i in range(N)]
-    assert torch.equal(crop.boxes(*place, heights, widths), torch.cat(each))
+    *place, _ = crop.draw(1000, common.generator(9))
     largest = [torch.full_like(v, 1 - 2**-24) for v in place[2:]]  # of top and left
-    top, left, height, width = crop.boxes(*place[:2], *largest, 4000, 4000).T
-    assert {*(top + height).tolist(), *(left + width).tolist()} == {4000}
+    top, left, height, width = crop.boxes(*place[:2], *largest, 4000, 3000).T
+    assert set((top + height).tolist()) == {4000} and set((left + width).tolist()) == {3000}
 
 
 def test_jitter_is_drawn_as_torchvisions_with_one_order_for_all():

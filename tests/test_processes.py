@@ -45,15 +45,24 @@ def without_batch_statistics(*_: object) -> nn.Module:
     return net
 
 
-def record(method: str, argv: list[str], path: str, stop: int | None = None) -> None:
-    """Run a method, and save the images, views and gradients of each step of this process."""
+def record(
+    method: str, argv: list[str], path: str, stop: int | None = None, batch_norm: bool = False
+) -> None:
+    """Run a method, and save the images, views and gradients of this process at each step.
+
+    Args:
+        method, argv: its name and flags.
+        path: of the files, to which the process's rank is added.
+        stop: after so many steps.
+        batch_norm: leave it in the networks.
+    """
     seen = {"index": [], "views": [], "gradients": []}
     rank = os.environ.get("RANK", "0")
 
     def note_batches(*args):
         for index, views in batches(*args):
             seen["index"].append(index)
-            seen["views"].append(views)
+            seen["views"].append([x.cpu() for x in views])
             yield index, views
 
     def note_gradients(optimizer, *_):
@@ -63,11 +72,12 @@ def record(method: str, argv: list[str], path: str, stop: int | None = None) -> 
         if not isinstance(optimizer, torch.optim.LBFGS):  # which trains the linear probe
             parameters = optimizer.param_groups[0]["params"]
             gradients = [p.grad.flatten() for p in parameters if p.grad is not None]
-            seen["gradients"].append(torch.cat(gradients))
+            seen["gradients"].append(torch.cat(gradients).cpu())
 
     batches, common.batches = common.batches, note_batches
-    common.build_encoder = without_batch_statistics
-    nn.BatchNorm1d = nn.LayerNorm  # in the heads
+    if not batch_norm:
+        common.build_encoder = without_batch_statistics
+        nn.BatchNorm1d = nn.LayerNorm  # in the heads
     register_optimizer_step_pre_hook(note_gradients)
     run(method, *argv)
     torch.save(seen, f"{path}{rank}")
