@@ -78,11 +78,9 @@ def start(log_with: str | None = None) -> Accelerator:
         fail(f"--log-with {log_with} needs its package: pip install {log_with}")
     accelerator = Accelerator(log_with=log_with, project_dir="runs")
     kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    if (
-        accelerator.distributed_type not in kinds
-        or accelerator.mixed_precision == "fp16"
-        or accelerator.gradient_accumulation_steps > 1
-    ):
+    is_fp16 = accelerator.mixed_precision == "fp16"
+    accumulates = accelerator.gradient_accumulation_steps > 1
+    if accelerator.distributed_type not in kinds or is_fp16 or accumulates:
         fail("FSDP, DeepSpeed, fp16 and gradient accumulation are not supported: leave them out")
     torch.backends.cudnn.benchmark = True  # All steps have the same shapes.
     launchers = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
@@ -125,11 +123,11 @@ def build_parser(
     description: str, presets: dict[str, dict], architectures: Sequence[str] = ARCHITECTURES
 ) -> argparse.ArgumentParser:
     """A command line with the flags that the training scripts share."""
-    kinds = [f"{kind}: {json.dumps(flags)[1:-1]}" for kind, flags in presets.items()]
+    kinds = "; ".join(f"{kind}: {json.dumps(flags)[1:-1]}" for kind, flags in presets.items())
+    kinds = kinds.replace('"', "")
     parser = argparse.ArgumentParser(
         description=description,
-        epilog="Other defaults by the kind of images, "
-        f"small up to 64 pixels. {'; '.join(kinds).replace(chr(34), '')}",
+        epilog=f"Other defaults by the kind of images, small up to 64 pixels. {kinds}",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
@@ -282,10 +280,7 @@ class RandomResizedCrop(NamedTuple):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _enlarge(self, x: Tensor, start: Tensor, length: Tensor, centers: Tensor) -> Tensor:
-        """Resize crops of which none is larger than the result.
-
-        Each new pixel is a weighted mean of the four old ones around its center.
-        """
+        """Resize crops that are not larger than the result: each pixel is a mean of four."""
         rows, columns = centers.clamp(start + 0.5, start + length - 0.5).unbind(2)
         vertical = rows * (2 / x.shape[2]) - 1  # grid_sample counts from -1 to 1
         horizontal = columns * (2 / x.shape[3]) - 1
@@ -294,10 +289,7 @@ class RandomResizedCrop(NamedTuple):
         return F.grid_sample(x / white, torch.stack(grid, dim=3), align_corners=False)
 
     def _shrink(self, x: Tensor, start: Tensor, length: Tensor, centers: Tensor) -> Tensor:
-        """Resize crops of any sizes by two matrix products.
-
-        Each new pixel is a weighted mean of all old ones that it covers.
-        """
+        """Resize any crops by two matrix products: each pixel is a mean of all that it covers."""
         H, W = x.shape[2:]
         rows = self._filters(centers[:, :, 0], start[:, :, 0], length[:, :, 0], H)
         columns = self._filters(centers[:, :, 1], start[:, :, 1], length[:, :, 1], W)
@@ -861,19 +853,15 @@ def build_encoder(architecture: str, stem: str = "7x7", init: str | None = None)
 
 def save_encoder(path: Path, encoder: nn.Module, **about: object) -> None:
     """Write the weights under torchvision's names, with what the file is about as its metadata."""
-    about = {
-        name: json.dumps(value) for name, value in (about | {"mean": MEAN, "std": STD}).items()
-    }
+    about |= {"mean": MEAN, "std": STD}
+    about = {name: json.dumps(value) for name, value in about.items()}
     weights = {name: value.cpu().contiguous() for name, value in encoder.state_dict().items()}
     with atomic_write(path) as file:
         file.write_bytes(safetensors.torch.save(weights, about))
 
 
 def load_encoder(path: str | Path, architecture: str | None = None) -> tuple[nn.Module, dict]:
-    """The encoder of a file, on the CPU, and what the file is about; see `read_weights`.
-
-    The architecture is for other people's files. By default it is resnet50.
-    """
+    """The encoder of a file, on the CPU, and what the file is about; see `read_weights`."""
     weights, about = read_weights(path)
     if not about:
         size = weights["conv1.weight"].shape[-1]
@@ -944,11 +932,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def flatten(tree: object, *path: str) -> dict[str, Tensor]:
-    """All tensors in nested dictionaries, by name.
-
-    "module" and "_orig_mod", which DDP and torch.compile add to names, are left out.
-    """
-    if isinstance(tree, Tensor):
+    """All tensors in nested dictionaries, by name."""
+    if isinstance(tree, Tensor):  # DDP and torch.compile have added to its name.
         return {".".join(part for part in path if part not in ("module", "_orig_mod")): tree}
     tensors = {}
     for key, value in tree.items() if isinstance(tree, dict) else ():
@@ -1004,8 +989,7 @@ def knn_predict(
     """Weighted k nearest neighbors by cosine similarity (Wu et al. 2018, section 3.4).
 
     Args:
-        bank, queries: features [M, D] and [Q, D]; they are normalized here.
-        labels: [M], of the bank.
+        bank, labels, queries: features [M, D] with labels [M], and features [Q, D].
         k: how many neighbors vote.
         temperature: a neighbor's vote is exp(cosine / temperature).
 

@@ -376,8 +376,9 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.print(common.describe(row, args.warmup_epochs))
         accelerator.log(row, step=step)
         if epoch + 1 == args.epochs or time.monotonic() - saved_at > common.SAVE_SECONDS:
-            state = {"model": network.state_dict(), "optimizer": optimizer.state_dict()}
-            common.save_run(args, rows, None if is_paper else encoder, **state)
+            state = {"model": network.state_dict()}
+            kept = None if is_paper else encoder
+            common.save_run(args, rows, kept, optimizer=optimizer.state_dict(), **state)
             saved_at = time.monotonic()
 
     finish(args, G.eval(), train, test, accelerator)

@@ -26,6 +26,9 @@ Differences from the papers and the authors' code:
   also works on one GPU. The queries of a process are one group.
 - v1's color jitter is v2's.
 - The defaults depend on the images (`PRESETS`).
+
+The authors' ImageNet (v2, 67.5 % linear): --data FOLDER --arch resnet50
+Their CIFAR-10 (82.6 % kNN): --data cifar10 --epochs 200
 """
 
 import copy
@@ -173,11 +176,11 @@ def main(argv: list[str] | None = None) -> None:
     """Pretrain, evaluate, and leave the run in --out."""
     parser = common.build_parser("Pretrain an image encoder with MoCo.", PRESETS)
     add = parser.add_argument_group("MoCo").add_argument
-    add("--augment", nargs="+", choices=OPERATIONS, default=OPERATIONS, help="operations")
+    add("--augment", nargs="+", choices=OPERATIONS, default=OPERATIONS, help="what makes a view")
     add("--crop-scale", type=common.fraction, default=0.2, help="area of the smallest crop")
-    add("--color-strength", type=common.not_negative, default=0.5, help="strength of the jitter")
-    add("--head-layers", type=int, choices=(1, 2), default=2, help="layers of the head")
-    add("--hidden", type=common.count, help="width of its inner layer (default: the encoder's)")
+    add("--color-strength", type=common.not_negative, default=0.5, help="strength s of the jitter")
+    add("--head-layers", type=int, choices=(1, 2), default=2, help="layers of the head g")
+    add("--hidden", type=common.count, help="width of its inner layers (default: the encoder's)")
     add("--dim", type=common.count, default=128, help="dimensions of q and k")
     add("--temperature", type=common.positive, default=0.2, help="temperature tau of InfoNCE")
     add("--key-momentum", type=common.fraction, default=0.999, help="m of the momentum update")
@@ -276,15 +279,8 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.print(common.describe(row, args.warmup_epochs))
         accelerator.log(row, step=step)
         if epoch + 1 == args.epochs or time.monotonic() - saved_at > common.SAVE_SECONDS:
-            common.save_run(
-                args,
-                rows,
-                encoder,
-                f_q=f_q.state_dict(),
-                f_k=f_k.state_dict(),
-                queue=queue,
-                optimizer=optimizer.state_dict(),
-            )
+            state = {"f_q": f_q.state_dict(), "f_k": f_k.state_dict(), "queue": queue}
+            common.save_run(args, rows, encoder, optimizer=optimizer.state_dict(), **state)
             saved_at = time.monotonic()
 
     common.finish(args, encoder, bank, test)

@@ -24,6 +24,10 @@ Differences from the paper and the authors' code:
 - The loss is the mean of Eq. 1 over all 2N views. The authors' code returns twice that.
 - Inputs are normalized with ImageNet's mean and standard deviation. The authors' are not.
 - The defaults depend on the images (`PRESETS`).
+
+The authors' ImageNet (69.3 % linear): --data FOLDER --arch resnet50 --batch-size 4096 --epochs 1000
+Their CIFAR-10 (about 91 % linear): --data cifar10 --epochs 1000 --optimizer lars --lr 2
+--warmup-epochs 10 --weight-decay 1e-4 --crop-scale 0.08 --gray 0.2 --hidden 512
 """
 
 import math
@@ -203,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
     """Pretrain, evaluate, and leave the run in --out."""
     parser = common.build_parser("Pretrain an image encoder with SimCLR.", PRESETS)
     add = parser.add_argument_group("SimCLR").add_argument
-    add("--augment", nargs="+", choices=OPERATIONS, default=OPERATIONS, help="operations")
+    add("--augment", nargs="+", choices=OPERATIONS, default=OPERATIONS, help="what makes a view")
     add("--crop-scale", type=common.fraction, default=0.08, help="area of the smallest crop")
     add("--color-strength", type=common.not_negative, default=0.5, help="strength s of the jitter")
     add("--gray", type=common.share, default=0.2, help="probability of a gray view")
@@ -301,13 +305,8 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.print(common.describe(row, args.warmup_epochs))
         accelerator.log(row, step=step)
         if epoch + 1 == args.epochs or time.monotonic() - saved_at > common.SAVE_SECONDS:
-            common.save_run(
-                args,
-                rows,
-                encoder,
-                model=network.state_dict(),
-                optimizer=optimizer.state_dict(),
-            )
+            state = {"model": network.state_dict()}
+            common.save_run(args, rows, encoder, optimizer=optimizer.state_dict(), **state)
             saved_at = time.monotonic()
 
     common.finish(args, encoder, bank, test)

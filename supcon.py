@@ -175,11 +175,11 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument_group("SupCon").add_argument
     add("--loss", choices=LOSSES, default="out", help="L_out, L_in or cross-entropy")
     add("--label-noise", type=common.share, default=0.0, help="share of labels that are wrong")
-    add("--augment", nargs="+", choices=OPERATIONS, default=OPERATIONS, help="operations")
+    add("--augment", nargs="+", choices=OPERATIONS, default=OPERATIONS, help="what makes a view")
     add("--crop-scale", type=common.fraction, default=0.2, help="area of the smallest crop")
     add("--color-strength", type=common.not_negative, default=0.5, help="strength s of the jitter")
-    add("--head-layers", type=int, choices=(1, 2), default=2, help="layers of the head")
-    add("--hidden", type=common.count, help="width of its inner layer (default: the encoder's)")
+    add("--head-layers", type=int, choices=(1, 2), default=2, help="layers of the head g")
+    add("--hidden", type=common.count, help="width of its inner layers (default: the encoder's)")
     add("--dim", type=common.count, default=128, help="dimensions of z")
     add("--temperature", type=common.positive, default=0.1, help="temperature tau of the loss")
     add("--optimizer", choices=PEAK_LR, default="sgd", help="what updates the weights")
@@ -280,13 +280,8 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.print(common.describe(row, args.warmup_epochs))
         accelerator.log(row, step=step)
         if epoch + 1 == args.epochs or time.monotonic() - saved_at > common.SAVE_SECONDS:
-            common.save_run(
-                args,
-                rows,
-                encoder,
-                model=network.state_dict(),
-                optimizer=optimizer.state_dict(),
-            )
+            state = {"model": network.state_dict()}
+            common.save_run(args, rows, encoder, optimizer=optimizer.state_dict(), **state)
             saved_at = time.monotonic()
 
     common.finish(args, encoder, bank, test)

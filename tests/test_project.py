@@ -1,14 +1,15 @@
-"""What holds the repository together: packages, twins, flags, words and the console."""
+"""What holds the repository together: packages, twins, flags, and what the README says."""
 
 import ast
-import os
+import difflib
 import re
-import shutil
-import subprocess
 import sys
+from pathlib import Path
 
+import claims
+import numpy as np
 import pytest
-from conftest import METHODS, ROOT, arguments, checkpoint, refused, settings, write_folder
+import torch
 
 import common
 import drlim
@@ -23,30 +24,42 @@ try:
 except ModuleNotFoundError:  # Python 3.10; pytest brings it there
     import tomli as tomllib
 
+ROOT = Path(__file__).resolve().parent.parent
 MODULES = [simclr, moco, swav, supcon, drlim, linear_eval]
 SCRIPTS = [module.__name__ for module in MODULES]
+TWINS = ["simclr", "moco", "swav", "supcon"]
 README = (ROOT / "README.md").read_text()
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def source(name):
     return (ROOT / f"{name}.py").read_text()
 
 
+def helps(module, capsys):
+    with pytest.raises(SystemExit):
+        module.main(["--help"])
+    return capsys.readouterr().out
+
+
+def code_blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
 # --------------------------------------------------------------------------------------
-# Packages and files
+# Files, packages and twins
 # --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_scripts_own_list_of_packages_is_that_of_pyproject(name):
     block = re.search(r"^# /// script\n((?:# .*\n)+)# ///$", source(name), re.M)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     inline = tomllib.loads(re.sub(r"^# ", "", block[1], flags=re.M))
-    assert inline == {key: PROJECT[key] for key in ("requires-python", "dependencies")}
+    assert inline == {key: project[key] for key in ("requires-python", "dependencies")}
 
 
 @pytest.mark.parametrize("name", [*SCRIPTS, "common"])
-def test_scripts_import_no_other_script_and_no_other_package(name):
+def test_a_script_imports_no_other_script_and_no_other_package(name):
     names = set()
     for node in ast.walk(ast.parse(source(name))):
         if isinstance(node, ast.Import):
@@ -54,310 +67,166 @@ def test_scripts_import_no_other_script_and_no_other_package(name):
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module.split(".")[0])
     allowed = {"torch", "torchvision", "numpy", "accelerate", "common"}
-    allowed |= {"safetensors", "psutil", "PIL"}  # which come with the others
+    allowed |= {"safetensors", "PIL"}  # which come with the others
     assert names <= allowed | set(sys.stdlib_module_names)
     assert name != "common" or "common" not in names
 
 
-def test_importing_runs_nothing(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {', '.join(SCRIPTS)}"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == 0 and done.stdout == "" and not list(tmp_path.iterdir())
+def test_functions_of_the_same_name_are_the_same_word_for_word():
+    # Apart from the functions in which the papers differ.
+    own = {"main", "build_optimizer", "finish"}
+    seen = {}
+    for name in SCRIPTS:
+        text = source(name)
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef) and node.name not in own:
+                code = ast.get_source_segment(text, node)
+                code = re.sub(r'"""The operations that make one (?s:.*?)"""', "", code)
+                seen.setdefault(node.name, []).append((name, code))
+    shared = {name: found for name, found in seen.items() if len(found) > 1}
+    assert {"augmentation", "gather", "embed", "learning_rate"} <= shared.keys()
+    exceptions = {("swav", "augmentation"), ("moco", "learning_rate")}
+    exceptions |= {("linear_eval", "learning_rate"), ("swav", "enqueue")}
+    for function, found in shared.items():
+        codes = {code for name, code in found if (name, function) not in exceptions}
+        assert len(codes) == 1, (function, [name for name, _ in found])
 
 
-def test_a_copied_script_works_with_common_alone(few, tmp_path):
-    runs = []
-    for method in METHODS:
-        for name in (f"{method}.py", "common.py"):
-            (tmp_path / method).mkdir(exist_ok=True)
-            shutil.copy(ROOT / name, tmp_path / method / name)
-        runs.append([method, arguments(method, few, "run", "--max-steps 1")])
-    program = f"""
-import os, runpy, sys
-for method, argv in {runs}:
-    os.chdir({str(tmp_path)!r} + "/" + method)
-    sys.path[0] = os.getcwd()
-    sys.modules.pop("common", None)
-    sys.argv = [method + ".py", *argv]
-    runpy.run_path(method + ".py", run_name="__main__")
-"""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
-    for method in METHODS:
-        assert (tmp_path / method / "run" / "results.json").exists()
-
-
-# --------------------------------------------------------------------------------------
-# Twins: a diff of two scripts shows the difference between two papers
-# --------------------------------------------------------------------------------------
-
-# What each method does in its own way, under a name that all of them use.
-OWN_WAY = {"augmentation", "find_problems", "build_optimizer", "build_parser", "parse_arguments"}
-OWN_WAY |= {"parse_arguments_for", "main"}
-# Paragraphs of main that every script has, by what they begin with.
-SHARED_PARAGRAPHS = [
-    "    args = parse_arguments(argv)\n    torch.backends",
-    "            optimizer.zero_grad()",
-    "        mean_loss = ",
-]
-
-
-def functions(name):
-    """The source of each function and class at the top level of a script."""
-    nodes = ast.parse(source(name)).body
-    kinds = (ast.FunctionDef, ast.ClassDef)
-    return {
-        node.name: ast.get_source_segment(source(name), node)
-        for node in nodes
-        if isinstance(node, kinds)
-    }
-
-
-@pytest.mark.parametrize("name", METHODS[1:])
-def test_functions_of_the_same_name_are_the_same_word_for_word(name):
-    ours, theirs = functions("simclr"), functions(name)
-    shared = (ours.keys() & theirs.keys()) - OWN_WAY
-    shared -= {"learning_rate"} if name in ("moco", "swav") else set()  # of another schedule
-    assert {"open_run", "save_run"} <= shared
-    for function in shared:
-        assert ours[function] == theirs[function], function
-
-
-@pytest.mark.parametrize("name", METHODS[1:])
-def test_paragraphs_of_main_that_all_share_are_the_same_word_for_word(name):
-    ours, theirs = functions("simclr")["main"], functions(name)["main"]
-    for begin in SHARED_PARAGRAPHS:
-        start = ours.index(begin)
-        paragraph = ours[start : ours.index("\n\n", start)]
-        if name in ("moco", "swav") or "backward_in_chunks" in paragraph:
-            # What is the script's own stands between the lines, or behind them.
-            for line in paragraph.splitlines()[:2]:
-                assert line in theirs, line
-        else:
-            assert paragraph.partition("seconds = ")[0] in theirs, paragraph
-    save = ours[ours.index("            minutes = ") :]
-    save = save[: save.index("\n\n")]
-    assert save in theirs
-
-
-def sections(name):
-    """The titles of a script's sections, without what stands behind them in parentheses."""
-    titles = re.findall(r"^# -{80,}\n# (.*)\n# -{80,}$", source(name), re.M)
-    return [title.split(" (")[0] for title in titles]
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_sections_stand_in_the_same_order(name):
-    order = ["Model", "Loss", "chedule", "The run's folder", "Command line", "Training"]
-    titles = sections(name)
-    places = [i for part in order for i, title in enumerate(titles) if part in title]
-    assert len(places) >= 5 and places == sorted(places), titles
-
-
-def test_nothing_handles_signals():
-    for name in [*SCRIPTS, "common"]:
-        assert "signal.signal(" not in source(name), name
-
-
-# --------------------------------------------------------------------------------------
-# Flags
-# --------------------------------------------------------------------------------------
-
-
-def actions(module):
-    """The flags of a script."""
-    return module.build_parser()._actions
-
-
-@pytest.mark.parametrize("module", MODULES, ids=SCRIPTS)
-def test_every_flag_has_a_help_of_one_sentence(module):
-    for action in actions(module):
-        assert action.help and "\n" not in action.help and ". " not in action.help, action
-        assert len(action.help.split()) > 1, action
-
-
-def test_flags_that_scripts_share_have_the_same_kind_of_value():
-    kinds = {}
-    for module in MODULES[:-1]:
-        for action in actions(module):
-            if action.dest not in ("arch", "head_layers", "optimizer", "queue_size"):
-                kinds.setdefault(action.dest, {})[module.__name__] = (action.type, action.nargs)
-    for flag, of_scripts in kinds.items():
-        assert len(set(of_scripts.values())) == 1, (flag, of_scripts)
-    everywhere = {flag for flag, of_scripts in kinds.items() if len(of_scripts) == 5}
-    assert everywhere >= {
-        *("data", "root", "limit", "stream", "workers", "stem", "init", "dim", "epochs"),
-        *("max_steps", "batch_size", "lr", "warmup_epochs", "weight_decay", "seed", "out"),
-        *("eval_every", "log_with"),
-    }
-
-
-@pytest.mark.parametrize("module", MODULES[:-1], ids=SCRIPTS[:-1])
-def test_presets_name_flags_and_have_values_that_these_allow(module):
-    flags = {action.dest: action for action in actions(module)}
-    for preset in module.PRESETS.values():
-        for name, value in preset.items():
-            action = flags[name]
-            for part in value if isinstance(value, list) else [value]:
-                assert action.choices is None or part in action.choices
-                if action.type:
-                    assert action.type(str(part)) == part and type(action.type(str(part))) is type(
-                        part
-                    )
-
-
+@pytest.mark.parametrize("name", TWINS)
 @pytest.mark.parametrize(
-    ("data", "side", "images", "preset"),
+    ("first", "last"),
     [
-        ("fashion-mini", 28, 10_000, "fashion-mini"),
-        ("cifar10", 32, 50_000, "small"),
-        ("FOLDER", 64, 1_000_000, "small"),
-        ("FOLDER", 65, 100_000, "photos"),
-        ("FOLDER", 224, 100_001, "paper"),
+        ("    accelerator = common.start(", "    images, bank, test = common.load_splits("),
+        ("    epoch_steps = len(images)", "    warmup_steps = "),
+        ("    saved_at = time.monotonic()", "        loss_sum = "),
+        ("        epoch_range = ", "        for step in "),
+        ("            lr = learning_rate(step", '            optimizer.param_groups[0]["lr"]'),
+        ("        if not math.isfinite(", "        if test and ("),
+        ("        rows.append(row)", "        if epoch + 1 == args.epochs or "),
+        ("    common.finish(", "        main()"),
     ],
 )
-def test_the_preset_follows_the_images(data, side, images, preset):
-    assert common.choose_preset(data, side, images) == preset
+def test_the_frame_of_main_is_the_same_in_each_script(name, first, last):
+    def paragraph(name):
+        lines = source(name).partition("\ndef main(")[2].splitlines()
+        start = next(i for i, line in enumerate(lines) if line.startswith(first))
+        end = next(i for i, line in enumerate(lines) if i > start and line.startswith(last))
+        return [line for line in lines[start : end + 1] if "common.start_trackers" not in line]
+
+    def without_arguments(lines):
+        return [line.replace(", args.schedule)", ")") for line in lines]
+
+    assert without_arguments(paragraph(name)) == paragraph("simclr")
 
 
-@pytest.mark.parametrize(
-    ("images", "batch_size"),
-    [(20, 16), (1000, 32), (4096, 64), (10_000, 128), (16_383, 128), (16_384, 256), (10**6, 256)],
-)
-def test_small_sets_have_small_batches(images, batch_size):
-    assert common.default_batch_size(images) == batch_size
+@pytest.mark.parametrize(("name", "most"), [("supcon", 260), ("moco", 300), ("swav", 400)])
+def test_a_diff_of_two_scripts_shows_the_difference_of_two_papers(name, most):
+    lines = difflib.unified_diff(
+        source("simclr").splitlines(), source(name).splitlines(), n=0, lineterm=""
+    )
+    assert sum(line[0] in "+-" for line in lines) - 2 <= most
 
 
-@pytest.mark.parametrize("method", METHODS[:-1])
-def test_a_run_takes_its_preset_from_the_images_and_flags_win(method, few, tmp_path, capsys):
-    module = sys.modules[method]
-    words = arguments(method, few, "OUT", "--max-steps 1")
-    del words[words.index("--preset") : words.index("--preset") + 2]
-    large = ["--crops", "2", "--crop-sizes", "80"] if method == "swav" else ["--image-size", "80"]
-
-    def used(*flags):
-        out = tmp_path / "".join(flags)
-        module.main([*words, *flags, "--out", str(out)])
-        [line] = [line for line in capsys.readouterr().out.splitlines() if "defaults for" in line]
-        return settings(out)["preset"], settings(out)["optimizer"], "--optimizer adamw" in line
-
-    assert used() == ("small", "adamw", True)
-    assert used("--optimizer", "sgd") == ("small", "sgd", False)
-    assert used(*large) == ("photos", "adamw", True)
-    optimizer = module.build_parser().get_default("optimizer")
-    assert used("--preset", "paper") == ("paper", optimizer, False)
-
-
-@pytest.mark.parametrize("method", METHODS[:-1])
-def test_without_flags_batch_warm_up_and_head_follow_the_images_and_the_encoder(
-    method, tmp_path, monkeypatch
-):
-    folder = write_folder(tmp_path / "images", train=24)
-    seen = {}
-    module = sys.modules[method]
-
-    def rate(step, steps, warmup, *others):
-        seen.update(steps=steps, warmup=warmup)
-        return 1e-3
-
-    monkeypatch.setattr(module, "learning_rate", rate)
-    # Images without classes, where the method needs none, save the evaluation at the end.
-    data = folder if method == "supcon" else folder / "train"
-    words = f"--data {data} --arch resnet18 --stem 7x7 --workers 1 --epochs 15 --max-steps 21"
-    words += " --eval-every 99"
-    words += " --crops 2" if method == "swav" else ""
-    words += " --queue-size 64" if method == "moco" else ""
-    module.main([*words.split(), "--out", str(tmp_path / "run")])
-    used = settings(tmp_path / "run")
-    assert (used["batch_size"], used["hidden"]) == (32, 512)
-    assert seen == {"steps": 21, "warmup": 2}  # a tenth of the steps
-    widths = [v.shape for v in checkpoint(tmp_path / "run")["model"].values() if v.ndim == 2]
-    assert (512, 512) in widths
-
-
-@pytest.mark.parametrize("method", METHODS[:-1])
-def test_the_batch_size_of_a_preset_wins_over_the_rule(method, few, tmp_path, capsys):
-    words = ["--data", few, "--preset", "paper", "--out", tmp_path / "run"]
-    assert "--batch-size 256 is more than" in refused(capsys, sys.modules[method].main, words)
-
-
-@pytest.mark.parametrize("module", [moco, swav, supcon], ids=["moco", "swav", "supcon"])
-def test_a_resnet_takes_a_lower_rate_that_grows_with_the_root_of_the_batch(module):
-    small = module.PRESETS["small"]
-    rates = {}
-    for words in ("", "--arch small", "--batch-size 64"):
-        rates[words] = module.parse_arguments(words.split(), small).lr
-    assert rates[""] == module.PEAK_LR["adamw"] < rates["--arch small"]
-    assert rates["--batch-size 64"] == rates[""] / 2
-
-
-def test_help_shows_presets_and_defaults(capsys):
-    with pytest.raises(SystemExit):
-        simclr.main(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert "the bundled images (--preset fashion-mini): --batch-size 256 --arch small" in text
-    assert "(--preset paper): --batch-size 256 --color-strength 1.0 --temperature 0.1" in text
-    assert "of fewer than 16,384 images (default: 256)" in text
-    assert "random seed of weights and views (default: 0)" in text
-    assert "(default: None)" not in text and "(default: False)" not in text
-
-
-def test_flags_that_the_readme_names_exist():
-    launchers = {"--mixed_precision", "--num_processes", "--multi_gpu", "--nproc_per_node"}
-    launchers |= {"--cpu", "--dynamo_backend", "--num_machines", "--shm-size", "--dist"}
-    launchers |= {"--machine_rank", "--main_process_ip", "--main_process_port"}
-    benchmark = {"--photographs", "--negatives", "--chunks", "--probe", "--only", "--turns"}
-    benchmark |= {"--against", "--list"}  # and that of claims.py
-    slurm = {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task"}
-    slurm |= {"--requeue", "--kill-on-bad-exit"}
-    known = launchers | benchmark | slurm
-    for module in MODULES:
-        for action in actions(module):
-            known |= set(action.option_strings)
-    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) <= known
-
-
-# --------------------------------------------------------------------------------------
-# Docstrings and the console
-# --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_names_in_the_docstrings_map_of_the_paper_exist(name):
+    module = sys.modules[name]
+    for quoted in re.findall(r"`([\w.]+)`", module.__doc__):
+        value = module
+        for part in quoted.split("."):
+            value = getattr(value, part, None)
+        assert value or quoted in ("random",), quoted
+    flags = set(re.findall(r"--[a-z][\w-]+", module.__doc__))
+    launcher = {"--num_processes", "--mixed_precision", "--multi_gpu"}
+    assert all(f'"{flag}"' in source(name) + source("common") for flag in flags - launcher)
 
 
 @pytest.mark.parametrize("name", [*SCRIPTS, "common"])
 def test_public_functions_and_classes_have_docstrings(name):
     for node in ast.parse(source(name)).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_":
             assert ast.get_docstring(node), node.name
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_names_in_the_docstrings_map_of_the_paper_exist(name):
-    module = sys.modules[name]
-    text = module.__doc__.partition("Where to find")[2].partition("How to adapt")[0]
-    names = re.findall(r"`([A-Za-z_.]+)`", text)
-    assert len(names) >= 3
-    for dotted in names:
-        value = module
-        for part in dotted.split("."):
-            value = getattr(value, part)
+@pytest.mark.parametrize("module", MODULES)
+def test_help_has_a_sentence_and_the_default_of_each_flag(module, capsys):
+    text = re.sub(r"\s+", " ", helps(module, capsys))
+    flags = re.findall(r"add\(\s*\"(--[\w-]+)\"", source(module.__name__))
+    assert flags
+    for flag in flags:
+        assert re.search(rf"{flag} [A-Z{{]\S* [^-]*\w", text), flag
+    presets = getattr(module, "PRESETS", {})
+    for preset in presets.values():
+        for name, value in preset.items():
+            words = ", ".join(map(str, value)) if isinstance(value, list) else value
+            assert re.search(rf"{name}: \[?{re.escape('null' if value is None else str(words))}", text), name
 
 
-@pytest.mark.parametrize(
-    ("minutes", "text"),
-    [(0, "0s"), (0.5, "30s"), (0.9999, "1m00s"), (3 + 1 / 3, "3m20s"), (125, "2h05m")],
-)
-def test_durations_are_readable(minutes, text):
-    assert common.format_duration(minutes) == text
+# --------------------------------------------------------------------------------------
+# The README
+# --------------------------------------------------------------------------------------
 
 
-def test_tables_are_aligned():
-    rows = [{"features": "a", "kNN": 5.0}, {"features": "longer", "kNN": 100.0}]
-    assert common.format_table(rows) == "features  kNN\na         5.0\nlonger    100.0"
+def test_flags_of_the_readme_exist(capsys):
+    known = " ".join(helps(module, capsys) for module in MODULES)
+    launchers = {"--num_processes", "--mixed_precision", "--multi_gpu", "--num_machines"}
+    launchers |= {"--machine_rank", "--main_process_ip", "--main_process_port", "--nproc_per_node"}
+    launchers |= {"--dist", "--shm-size"}
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README)) - launchers:
+        assert f"{flag} " in known, flag
+
+
+def test_files_of_the_readme_exist():
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("name", claims.CLAIMS)
+def test_figures_of_the_readme_are_those_of_the_results(name):
+    commands, _ = claims.CLAIMS[name]
+    for command in commands:
+        figures = claims.figures(command, metric=claims.METRIC.get(name))
+        assert any(figures in line for line in README.splitlines()), (command, figures)
+    for features in ("untrained", "raw pixels"):
+        kNN, linear = claims.figures("simclr.py", features).split(" / ")
+        assert f"| {kNN} | {linear} |" in README
+
+
+def test_an_exported_encoder_has_the_same_features_in_torchvision_and_timm(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    encoder = common.build_encoder("resnet18", "3x3").eval()
+    common.save_encoder(Path("runs/moco-cifar10/encoder.safetensors"), encoder)
+    (code,) = (block for block in code_blocks("python") if "timm" in block)
+    names = {}
+    exec(
+        code + "    x = torch.rand(2, 3, 32, 32)\n    models.append(model)",
+        names | {"torch": torch, "models": (models := [])},
+    )
+    x = torch.rand(2, 3, 32, 32)
+    for model in models:
+        torch.testing.assert_close(model.eval()(x), encoder(x))
+    assert len(models) == 2
+
+
+def test_arrays_become_a_file_that_is_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (code,) = (block for block in code_blocks("python") if "np.savez" in block)
+    images, labels = np.zeros((4, 12, 10, 3), np.uint8), np.array([1, 2, 1, 2])
+    names = {"train_images": images, "train_labels": labels}
+    exec(code, names | {"test_images": images[:2], "test_labels": labels[:2]})
+    train, bank, test = common.load_splits("birds.npz", "", None, torch.device("cpu"), 0)
+    assert (len(train), len(bank), len(test), bank.num_classes) == (4, 4, 2, 2)
+
+
+def test_a_loss_is_used_alone():
+    (code,) = (block for block in code_blocks("python") if "nt_xent" in block)
+    names = {"z1": torch.randn(4, 8), "z2": torch.randn(4, 8)}
+    exec(code, names)
+    assert names["loss"].isfinite()
+
+
+def test_commands_of_the_readme_are_those_of_ci():
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "README.md" in script
+    (command,) = (line for line in README.splitlines() if "&& pytest" in line)
+    assert re.fullmatch(r"python3 -m venv \.venv && .* && pytest.*", command)
