@@ -20,7 +20,7 @@ Where to find the parts of the paper:
 - section 3.2, multi-crop: --crops, --crop-sizes, --crop-scales and `SwAV.forward`
 
 Differences from the paper and the authors' code:
-- Sinkhorn works in logarithms, which cannot overflow, on the gathered embeddings of all processes.
+- Sinkhorn works in logarithms, on the gathered embeddings of all processes.
 - The loss is a mean over codes and crops, as in the authors' code; Eq. 6 is a sum.
 - The learning rate warms up from 0 and falls to 0. The authors' goes from 0.3 to 4.8 to 0.0048.
 - The defaults depend on the images (`PRESETS`).
@@ -133,12 +133,9 @@ def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tens
 
 @torch.no_grad()
 def assign_codes(Z: Tensor, C: Tensor, queue: Tensor | None, epsilon: float) -> tuple:
-    """Codes [2, N, K] of the embeddings Z [2, N, D] of the two large crops of N images.
+    """Codes and scores Z C^T [2, N, K] of the embeddings Z [2, N, D] of N images' two large crops.
 
     The embeddings in the queue [2, L, D], if there is one, count toward the equal shares.
-
-    Returns:
-        The codes, and the scores Z C^T [2, N, K] that they come from.
     """
     N = Z.shape[1]
     embeddings = Z if queue is None else torch.cat([queue, Z], dim=1)
@@ -268,13 +265,13 @@ def main(argv: list[str] | None = None) -> None:
     images, bank, test = common.load_splits(args.data, args.root, args.limit, device, args.workers)
     args = common.parse_for(images, parser, PRESETS, argv)
 
-    large = args.image_size
-    sizes = args.crop_sizes or [large, round(large * (9 / 16 if large <= 64 else 3 / 7))]
+    small = round(args.image_size * (9 / 16 if args.image_size <= 64 else 3 / 7))
+    sizes = args.crop_sizes or [args.image_size, small]
     resolutions = len(args.crops)
     if args.crops[0] < 2 or len(sizes) < resolutions or len(args.crop_scales) < 2 * resolutions:
         common.fail("--crops begins with 2; each needs one of --crop-sizes and two --crop-scales")
-    recipes = []  # for each resolution the number of crops, and their operations
-    for i, crops in enumerate(args.crops):
+    recipes = []
+    for i, crops in enumerate(args.crops):  # of each resolution
         scale = tuple(args.crop_scales[2 * i : 2 * i + 2])
         recipes.append((crops, augmentation(args.augment, sizes[i], scale, args.color_strength)))
 
