@@ -24,11 +24,11 @@ Where to find the parts of the papers:
 Differences from the papers and the authors' code:
 - The keys are encoded in 8 groups, as if each were on a GPU of its own, so that shuffled batch norm
   also works on one GPU. The queries of a process are one group.
-- v1's color jitter is v2's.
+- The settings of v1 have v2's color jitter, too.
 - The defaults depend on the images (`PRESETS`).
 
-The authors' ImageNet (v2, 67.5 % linear): --data FOLDER --arch resnet50
-Their CIFAR-10 (82.6 % kNN): --data cifar10 --epochs 200
+The authors' ImageNet (they report 67.5 % linear for v2): --data FOLDER --arch resnet50
+Their demo on CIFAR-10 (82.6 % kNN): --data cifar10 --epochs 200
 """
 
 import copy
@@ -89,12 +89,12 @@ def augmentation(
     """
     scale = (crop_scale, 1.0) if "crop" in names else (1.0, 1.0)
     jitter = ColorJitter(0.8 * strength, 0.8 * strength, 0.8 * strength, min(0.2 * strength, 0.5))
-    operations = [RandomResizedCrop(size, scale)]
+    operations = [RandomResizedCrop(size, scale)]  # and a flip
     if "color" in names:
         operations.append(RandomApply(jitter, p=0.8))
     if "gray" in names:
         operations.append(RandomApply(Grayscale(), p=gray))
-    if "blur" in names:  # by a kernel of a tenth of the side
+    if "blur" in names:  # by an odd kernel, about a tenth of the side
         operations.append(RandomApply(GaussianBlur(size // 10 | 1, sigma=(0.1, 2.0)), p=0.5))
     return operations
 
@@ -117,7 +117,7 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
     l_neg = q @ queue.T
     logits = torch.cat([l_pos, l_neg], dim=1) / temperature
     positives = torch.zeros(len(q), dtype=torch.long, device=q.device)  # column 0
-    # Cross-entropy is -l_pos + log(sum over a row of exp(logits)), and this sum is the denominator
+    # Cross-entropy is -l_pos / tau + log(sum over a row of exp(logits)), and this sum is the denominator
     # of Eq. 1.
     return F.cross_entropy(logits, positives)
 
@@ -135,9 +135,9 @@ def encode_keys(
 ) -> Tensor:
     """The keys [P * n, D], of unit length, of the images x [n, 3, S, S] of all P processes.
 
-    The images of all processes are shuffled, and encoded in `groups` groups on each. The statistics
-    of batch norm in a key's group then tell nothing about the group of its query; otherwise the two
-    could be matched by them (section 3.3). rng is in the same state on all processes.
+    The images of all processes are shuffled, and each process encodes its share in `groups` groups.
+    The statistics of batch norm in a key's group then tell little about those of its query;
+    otherwise the two could be matched by them (section 3.3). rng is the same on all processes.
     """
     x = accelerator.gather(x)
     order = common.to_device_of(x, torch.randperm(len(x), generator=rng))
@@ -185,15 +185,21 @@ def main(argv: list[str] | None = None) -> None:
     add("--temperature", type=common.positive, default=0.2, help="temperature tau of InfoNCE")
     add("--key-momentum", type=common.fraction, default=0.999, help="m of the momentum update")
     add("--queue-size", type=common.count, default=65536, help="keys in the queue, K")
-    add("--key-groups", type=common.count, default=8, help="groups of keys, of at least 8 images")
+    add(
+        "--key-groups",
+        type=common.count,
+        default=8,
+        help="groups of all keys, of at least 8 images",
+    )
     add("--schedule", choices=("cosine", "steps"), default="cosine", help="of the learning rate")
     add("--optimizer", choices=PEAK_LR, default="sgd", help="what updates the weights")
     args = parser.parse_args(argv)
 
     accelerator = common.start(args.log_with)
     device = accelerator.device
-    # Images to train on; and, for evaluation, those of them that have labels, and test images.
+    # The images to train on; those of them that have labels, for kNN; and the test images.
     images, bank, test = common.load_splits(args.data, args.root, args.limit, device, args.workers)
+    # Flags that are not given take the defaults for such images.
     args = common.parse_for(images, parser, PRESETS, argv)
 
     if args.batch_size > args.queue_size:
@@ -211,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
     peak_lr = args.lr or PEAK_LR[args.optimizer] * args.batch_size / 256
     optimizer = build_optimizer(args.optimizer, f_q.parameters(), peak_lr, args.weight_decay)
     model, optimizer = accelerator.prepare(f_q, optimizer)
-    key_model = accelerator.prepare_model(f_k, evaluation_mode=True)  # without DDP
+    key_model = accelerator.prepare_model(f_k, evaluation_mode=True)  # no DDP; it still trains
     own_images = args.batch_size // accelerator.num_processes
     groups = max(1, min(args.key_groups // accelerator.num_processes, own_images // 8))
 
@@ -240,18 +246,18 @@ def main(argv: list[str] | None = None) -> None:
         loss_sum = torch.zeros((), device=device)
         epoch_range = range(epoch * epoch_steps, (epoch + 1) * epoch_steps)
         for step in common.progress(epoch_range, f"epoch {epoch + 1}/{args.epochs}"):
-            index, (views,) = next(batches)  # [2, B, 3, S, S]
+            index, (views,) = next(batches)  # [2, B, 3, S, S], of this process's B images
             if step == 0:
                 common.save_views(args.out / "views.png", images, index, [views])
             lr = learning_rate(step, total_steps, warmup_steps, peak_lr, args.schedule)
             optimizer.param_groups[0]["lr"] = lr
 
-            # Algorithm 1. Every process has the whole queue, so it needs the keys of all; the
-            # positives of its own queries are its part of them.
+            # Algorithm 1. Every process has the whole queue, into which go the keys of all; the
+            # positives of its queries are its own part of them.
             x_q, x_k = views
             update_key_encoder(f_k, f_q, args.key_momentum)
-            rng = common.generator(args.seed, epoch, step, 1)
-            k = encode_keys(key_model, x_k, groups, rng, accelerator)
+            shuffle_rng = common.generator(args.seed, epoch, step, 1)  # The views have another.
+            k = encode_keys(key_model, x_k, groups, shuffle_rng, accelerator)
             q = model(x_q.contiguous(memory_format=torch.channels_last)).float()
             q = F.normalize(q, dim=1)
             own_k = k.chunk(accelerator.num_processes)[accelerator.process_index]

@@ -21,13 +21,13 @@ Where to find the parts of the paper:
 - Appendix B.9, small images: the 3x3 stem, and no blur
 
 Differences from the paper and the authors' code:
-- The loss is the mean of Eq. 1 over all 2N views. The authors' code returns twice that.
+- The loss is the mean over all 2N views, as in the paper. The authors' code returns twice that.
 - Inputs are normalized with ImageNet's mean and standard deviation. The authors' are not.
-- The defaults depend on the images (`PRESETS`).
+- The defaults depend on the images (`PRESETS`): only larger ones get LARS and the paper's values.
 
-The authors' ImageNet (69.3 % linear): --data FOLDER --arch resnet50 --batch-size 4096 --epochs 1000
-Their CIFAR-10 (about 91 % linear): --data cifar10 --epochs 1000 --optimizer lars --lr 2
---warmup-epochs 10 --weight-decay 1e-4 --crop-scale 0.08 --gray 0.2 --hidden 512
+The authors' ImageNet (they report 69.3 % linear): --data FOLDER --arch resnet50 --batch-size 4096 --epochs 1000
+Their repository's CIFAR-10 (ResNet-18, about 91 %): --data cifar10 --epochs 1000 --optimizer lars
+--lr 2 --warmup-epochs 10 --weight-decay 1e-4 --crop-scale 0.08 --gray 0.2 --hidden 512
 """
 
 import math
@@ -85,12 +85,12 @@ def augmentation(
     """
     scale = (crop_scale, 1.0) if "crop" in names else (1.0, 1.0)
     jitter = ColorJitter(0.8 * strength, 0.8 * strength, 0.8 * strength, min(0.2 * strength, 0.5))
-    operations = [RandomResizedCrop(size, scale)]
+    operations = [RandomResizedCrop(size, scale)]  # and a flip
     if "color" in names:
         operations.append(RandomApply(jitter, p=0.8))
     if "gray" in names:
         operations.append(RandomApply(Grayscale(), p=gray))
-    if "blur" in names:  # by a kernel of a tenth of the side
+    if "blur" in names:  # by an odd kernel, about a tenth of the side
         operations.append(RandomApply(GaussianBlur(size // 10 | 1, sigma=(0.1, 2.0)), p=0.5))
     return operations
 
@@ -162,8 +162,8 @@ class LARS(torch.optim.Optimizer):
         buffer <- momentum * buffer + lr * trust_coefficient * |w| / |g| * g
         w <- w - buffer
 
-    Batch norm and biases, which have one dimension, are neither decayed nor adapted. The factor of
-    g is lr alone where |w| is 0.
+    Batch norm and biases, which have one dimension, are neither decayed nor adapted. If |w| is 0,
+    the factor of g is lr.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust_coefficient=0.001):
@@ -216,13 +216,18 @@ def main(argv: list[str] | None = None) -> None:
     add("--dim", type=common.count, default=128, help="dimensions of z")
     add("--temperature", type=common.positive, default=0.5, help="temperature tau of NT-Xent")
     add("--optimizer", choices=PEAK_LR, default="lars", help="what updates the weights")
-    add("--chunk-size", type=common.count, help="images a process embeds at a time (default: all)")
+    add(
+        "--chunk-size",
+        type=common.count,
+        help="images of a process in a forward pass (default: all)",
+    )
     args = parser.parse_args(argv)
 
     accelerator = common.start(args.log_with)
     device = accelerator.device
-    # Images to train on; and, for evaluation, those of them that have labels, and test images.
+    # The images to train on; those of them that have labels, for kNN; and the test images.
     images, bank, test = common.load_splits(args.data, args.root, args.limit, device, args.workers)
+    # Flags that are not given take the defaults for such images.
     args = common.parse_for(images, parser, PRESETS, argv)
 
     # Encoder f and head g are one module, so that a step is one forward pass.
@@ -261,15 +266,15 @@ def main(argv: list[str] | None = None) -> None:
         loss_sum = torch.zeros((), device=device)
         epoch_range = range(epoch * epoch_steps, (epoch + 1) * epoch_steps)
         for step in common.progress(epoch_range, f"epoch {epoch + 1}/{args.epochs}"):
-            index, (views,) = next(batches)  # [2, B, 3, S, S]
+            index, (views,) = next(batches)  # [2, B, 3, S, S], of this process's B images
             if step == 0:
                 common.save_views(args.out / "views.png", images, index, [views])
             lr = learning_rate(step, total_steps, warmup_steps, peak_lr)
             optimizer.param_groups[0]["lr"] = lr
 
-            # Algorithm 1: both views of every image through f and g. In chunks, this is done first
-            # without a graph, and again below with the gradient that the loss has by then (Gao et
-            # al. 2021), so that only the activations of one chunk are in memory.
+            # Algorithm 1: both views of every image through f and g. Chunks are embedded without a
+            # graph; when the gradient of the loss with respect to z is known, each is embedded
+            # again and propagated back, so that memory holds one chunk at a time (Gao et al. 2021).
             chunks = views.split(args.chunk_size or views.shape[1], dim=1)
             in_chunks = len(chunks) > 1
             with torch.set_grad_enabled(not in_chunks):

@@ -77,12 +77,12 @@ def augmentation(
     """
     scale = (crop_scale, 1.0) if "crop" in names else (1.0, 1.0)
     jitter = ColorJitter(0.8 * strength, 0.8 * strength, 0.8 * strength, min(0.2 * strength, 0.5))
-    operations = [RandomResizedCrop(size, scale)]
+    operations = [RandomResizedCrop(size, scale)]  # and a flip
     if "color" in names:
         operations.append(RandomApply(jitter, p=0.8))
     if "gray" in names:
         operations.append(RandomApply(Grayscale(), p=gray))
-    if "blur" in names:  # by a kernel of a tenth of the side
+    if "blur" in names:  # by an odd kernel, about a tenth of the side
         operations.append(RandomApply(GaussianBlur(size // 10 | 1, sigma=(0.1, 2.0)), p=0.5))
     return operations
 
@@ -187,13 +187,14 @@ def main(argv: list[str] | None = None) -> None:
 
     accelerator = common.start(args.log_with)
     device = accelerator.device
-    # Images to train on; and, for evaluation, those of them that have labels, and test images.
+    # The images to train on; those of them that have labels, for kNN; and the test images.
     images, bank, test = common.load_splits(args.data, args.root, args.limit, device, args.workers)
     images = bank  # Here only they are of use.
     if not images or images.num_classes < 2:
         common.fail(f"--data {args.data} has fewer than two classes: see the README for its form")
     if args.loss == "ce":
         parser.set_defaults(augment=["crop"])
+    # Flags that are not given take the defaults for such images.
     args = common.parse_for(images, parser, PRESETS, argv)
     if args.warmup_epochs is None:  # The authors warm up for batches of more than 256 images.
         args.warmup_epochs = 10.0 if args.batch_size > 256 else 0.0
@@ -239,7 +240,7 @@ def main(argv: list[str] | None = None) -> None:
         loss_sum = torch.zeros((), device=device)
         epoch_range = range(epoch * epoch_steps, (epoch + 1) * epoch_steps)
         for step in common.progress(epoch_range, f"epoch {epoch + 1}/{args.epochs}"):
-            index, (views,) = next(batches)  # [2, B, 3, S, S]
+            index, (views,) = next(batches)  # [2, B, 3, S, S], of this process's B images
             if step == 0:
                 common.save_views(args.out / "views.png", images, index, [views])
             lr = learning_rate(step, total_steps, warmup_steps, peak_lr)

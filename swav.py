@@ -22,10 +22,10 @@ Where to find the parts of the paper:
 Differences from the paper and the authors' code:
 - Sinkhorn works in logarithms, on the gathered embeddings of all processes.
 - The loss is a mean over codes and crops, as in the authors' code; Eq. 6 is a sum.
-- The learning rate warms up from 0 and falls to 0. The authors' goes from 0.3 to 4.8 to 0.0048.
+- The learning rate falls to 0, not to a thousandth of its peak.
 - The defaults depend on the images (`PRESETS`).
 
-The authors' ImageNet (72.7 % linear): --data FOLDER --arch resnet50
+The authors' ImageNet (they report 72.7 % linear): --data FOLDER --arch resnet50
 """
 
 import math
@@ -84,12 +84,12 @@ def augmentation(names: list[str], size: int, scale: tuple[float, float], streng
         strength: strength s of the color jitter.
     """
     jitter = ColorJitter(0.8 * strength, 0.8 * strength, 0.8 * strength, min(0.2 * strength, 0.5))
-    operations = [RandomResizedCrop(size, scale)]
+    operations = [RandomResizedCrop(size, scale)]  # and a flip
     if "color" in names:
         operations.append(RandomApply(jitter, p=0.8))
     if "gray" in names:
         operations.append(RandomApply(Grayscale(), p=0.2))
-    if "blur" in names:  # by a kernel of a tenth of the side
+    if "blur" in names:  # by an odd kernel, about a tenth of the side
         operations.append(RandomApply(GaussianBlur(size // 10 | 1, sigma=(0.1, 2.0)), p=0.5))
     return operations
 
@@ -126,7 +126,7 @@ def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tens
     dtype = torch.promote_types(scores.dtype, torch.float64 if epsilon < 0.01 else torch.float32)
     log_q = scores.to(dtype) / epsilon
     for _ in range(iterations):
-        log_q = log_q - log_q.logsumexp(0)  # as log_softmax(0), which is slow on GPUs
+        log_q = log_q - log_q.logsumexp(0)  # the same as log_softmax(0), but faster on GPUs
         log_q = log_q.log_softmax(1)
     return log_q.exp().to(torch.promote_types(scores.dtype, torch.float32))
 
@@ -181,7 +181,7 @@ class LARC(torch.optim.SGD):
 
         g <- 0.001 * |p| / (|gradient| + weight_decay * |p|) * (gradient + weight_decay * p)
 
-    SGD with momentum follows. Where |p| is 0, as batch norm's shifts begin, g is the gradient.
+    SGD with momentum follows. If |p| is 0, as of batch norm's shifts at first, g is the gradient.
     """
 
     @torch.no_grad()
@@ -220,7 +220,7 @@ def save_prototypes(path: Path, network: SwAV, images: common.Images, size: int)
     images = images.take(torch.arange(min(len(images), 10000)))
     layers = nn.Sequential(network.encoder, network.head)
     z = F.normalize(common.extract_features(layers, images, size), dim=1)
-    scores = z @ network.prototypes.weight.T
+    scores = z @ F.normalize(network.prototypes.weight, dim=1).T
     used = scores.argmax(1).bincount(minlength=scores.shape[1])
     rows = used.topk(min(10, len(used))).indices
     nearest = scores[:, rows].topk(min(8, len(images)), dim=0).indices  # [8, 10]
@@ -246,30 +246,38 @@ def main(argv: list[str] | None = None) -> None:
     add("--hidden", type=common.count, help="width of its inner layers (default: the encoder's)")
     add("--dim", type=common.count, default=128, help="dimensions of z")
     add("--prototypes", type=common.count, default=3000, help="number of prototypes, K")
-    add("--freeze-prototypes", type=common.not_negative, default=1.0, help="for so many epochs")
+    add(
+        "--freeze-prototypes",
+        type=common.not_negative,
+        default=1.0,
+        help="epochs in which they rest",
+    )
     add("--temperature", type=common.positive, default=0.1, help="temperature tau of the softmax")
-    add("--epsilon", type=common.positive, default=0.05, help="entropy in the codes")
+    add("--epsilon", type=common.positive, default=0.05, help="weight of the entropy, Eq. 3")
     add(
         "--queue-size",
         type=common.not_negative_int,
         default=3840,
         help="earlier images that count in the codes, L",
     )
-    add("--queue-start", type=common.not_negative, default=15.0, help="epoch when it is filled")
+    add("--queue-start", type=common.not_negative, default=15.0, help="epoch from which it fills")
     add("--optimizer", choices=PEAK_LR, default="larc", help="what updates the weights")
     args = parser.parse_args(argv)
 
     accelerator = common.start(args.log_with)
     device = accelerator.device
-    # Images to train on; and, for evaluation, those of them that have labels, and test images.
+    # The images to train on; those of them that have labels, for kNN; and the test images.
     images, bank, test = common.load_splits(args.data, args.root, args.limit, device, args.workers)
+    # Flags that are not given take the defaults for such images.
     args = common.parse_for(images, parser, PRESETS, argv)
 
     small = round(args.image_size * (9 / 16 if args.image_size <= 64 else 3 / 7))
     sizes = args.crop_sizes or [args.image_size, small]
     resolutions = len(args.crops)
     if args.crops[0] < 2 or len(sizes) < resolutions or len(args.crop_scales) < 2 * resolutions:
-        common.fail("--crops begins with 2; each needs one of --crop-sizes and two --crop-scales")
+        common.fail(
+            "--crops begins with 2 or more; each needs a --crop-sizes and two --crop-scales"
+        )
     recipes = []
     for i, crops in enumerate(args.crops):  # of each resolution
         scale = tuple(args.crop_scales[2 * i : 2 * i + 2])
@@ -332,7 +340,7 @@ def main(argv: list[str] | None = None) -> None:
             z, scores = z.unflatten(0, (-1, len(index))), scores.unflatten(0, (-1, len(index)))
 
             # Codes [2, N, K] of the two large crops of the N images of all processes, of which each
-            # process takes its own rows. The images come first where `gather` joins them.
+            # process takes its own. `gather` joins the first dimension, hence the transposes.
             Z = accelerator.gather(z[:2].detach().transpose(0, 1).contiguous()).transpose(0, 1)
             is_full = args.queue_size > 0 and step >= queue_full_step
             codes, Z_scores = assign_codes(Z, C, queue if is_full else None, args.epsilon)
