@@ -45,8 +45,9 @@ ARCHITECTURES = ("small", "resnet18", "resnet34", "resnet50", "resnet101", "resn
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MAX_IMAGE_BYTES = 4 * 2**30  # Images that take more are read from their files at each step.
 SAVE_SECONDS = 60  # between checkpoints, which are written at the end of an epoch
+LOCAL_PROCESSES = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine
 # A run continues even if these flags have changed.
-IGNORED = ["data", "root", "workers", "out", "eval_every", "log_with", "epochs", "init", "run_id"]
+IGNORED = ["data", "root", "workers", "out", "eval_every", "log_with", "epochs", "run_id"]
 
 
 # --------------------------------------------------------------------------------------
@@ -56,7 +57,7 @@ IGNORED = ["data", "root", "workers", "out", "eval_every", "log_with", "epochs",
 
 def fail(message: str) -> NoReturn:
     """End the program with one line, because of something that the user can fix."""
-    raise SystemExit(f"error: {message}" if PartialState().is_main_process else 2)
+    raise SystemExit(f"error: {message}" if PartialState().is_local_main_process else 2)
 
 
 @contextmanager
@@ -85,7 +86,7 @@ def start(log_with: str | None = None) -> Accelerator:
     torch.backends.cudnn.benchmark = True  # All steps have the same shapes.
     launchers = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
     if launchers and accelerator.device.type == "cpu":  # Each process has a single thread.
-        torch.set_num_threads(max(1, os.cpu_count() // accelerator.num_processes))
+        torch.set_num_threads(max(1, os.cpu_count() // LOCAL_PROCESSES))
     accelerator.print(f"processes: {accelerator.num_processes}, device: {accelerator.device}")
     return accelerator
 
@@ -136,7 +137,7 @@ def build_parser(
     add("--data", default="fashion-mini", help=f"{', '.join(SETS)}, a folder or an .npz file")
     add("--root", default="data", help="where torchvision's sets are, or are downloaded to")
     add("--limit", type=number(int, 2), help="train on a subset of this many images")
-    workers = min(16, os.cpu_count())
+    workers = min(16, os.cpu_count() // LOCAL_PROCESSES)
     add("--workers", type=not_negative_int, default=workers, help="processes that read files")
 
     add = parser.add_argument_group("encoder").add_argument
@@ -166,16 +167,19 @@ def parse_for(
 ) -> argparse.Namespace:
     """Parse the command line; flags that are not given take the preset for such images."""
     args = parser.parse_args(argv)
-    side = args.image_size or min(224, images.side)
+    side = args.image_size or min(224, *images.size)
     kind = "small" if side <= 64 else "large"
-    steps_of = 2 ** int(math.log2(max(1, len(images) / 64)))  # leaves 64 steps in an epoch
+    preset = presets["fashion-mini" if args.data == "fashion-mini" else kind]
+    batch_size = preset.get("batch_size", 512)
+    if args.data != "fashion-mini":  # A power of two leaves about 64 steps in an epoch.
+        batch_size = max(32, min(batch_size, 2 ** int(math.log2(max(1, len(images) / 64)))))
     defaults = {
-        "batch_size": min(len(images), max(32, min(512, steps_of))),
+        "batch_size": min(batch_size, len(images)),
         "image_size": side,
         "stem": "3x3" if kind == "small" else "7x7",
         "out": Path("runs", f"{Path(sys.argv[0]).stem}-{Path(args.data).resolve().stem}"),
     }
-    parser.set_defaults(**defaults | presets.get(args.data, presets[kind]))
+    parser.set_defaults(**preset | defaults)
     args = parser.parse_args(argv)
     processes = PartialState().num_processes
     if args.batch_size > len(images) or args.batch_size % processes:
@@ -433,7 +437,7 @@ class RandomApply(NamedTuple):
         return chosen, *self.operation.draw(n, rng)
 
     def __call__(self, x: Tensor, chosen: Tensor, *parameters: Tensor) -> Tensor:
-        """x [B, C, H, W] with the chosen images changed."""
+        """x [B, C, H, W] with the chosen images changed, in place."""
         rows = chosen.nonzero()[:, 0]  # on the CPU, where its size is known without waiting
         there = to_device_of(x, rows)
         parameters = [values.index_select(0, rows) for values in parameters]
@@ -444,8 +448,6 @@ class RandomApply(NamedTuple):
 # Images and views
 # --------------------------------------------------------------------------------------
 
-Recipes = Sequence[tuple[int, Sequence]]  # pairs: a number of views, and the operations on each
-
 
 @dataclass
 class Images:
@@ -455,8 +457,7 @@ class Images:
         pixels: uint8 [N, C, H, W], on the device if they fit, or None if files are read.
         paths: [N] of the files, or None.
         labels: [N] classes from 0 on, -1 where there is none.
-        device: where crops are wanted.
-        workers: processes that read files.
+        device, workers: where crops are wanted, and how many processes read files.
     """
 
     pixels: Tensor | None
@@ -486,9 +487,9 @@ class Images:
         return tuple(int(median) for median in np.median(sizes, axis=0))
 
     @property
-    def side(self) -> int:
-        """The shorter side."""
-        return min(self.size)
+    def at_hand(self) -> bool:
+        """Whether crops are made on the device, and not by other processes."""
+        return self.pixels is not None and self.pixels.device.type == self.device.type
 
     @property
     def num_classes(self) -> int:
@@ -504,19 +505,23 @@ class Images:
     @property
     def identity(self) -> str:
         """Tells other images apart, but not the same images in another folder."""
-        names = [] if self.paths is None else ["/".join(p.split("/")[-2:]) for p in self.paths]
-        return f"{len(self)} images, checksum of their names {zlib.crc32(str(names).encode())}"
+        if self.paths is None:
+            content = self.pixels[:100].cpu().numpy().tobytes()
+        else:
+            content = str(["/".join(path.split("/")[-2:]) for path in self.paths]).encode()
+        return f"{len(self)} images, {zlib.crc32(content + self.labels.numpy().tobytes())}"
 
     def crop(self, index: Tensor, operation: Callable, *parameters: Tensor) -> Tensor:
         """Crops [rows, C, S, S] of the images `index` [n], by parameters of n, 2n, ... rows.
 
-        They are float32 in 0..1 or, of files, uint8 on the CPU.
+        They are float32 in 0..1 on the device or, if not at hand, uint8 on the CPU.
         """
         n = len(index)
         views = len(parameters[0]) // n if parameters else 1
         if self.pixels is not None:
             index = to_device_of(self.pixels, index.repeat(views))
-            return operation(self.pixels.index_select(0, index), *parameters)
+            crops = operation(self.pixels.index_select(0, index), *parameters)
+            return crops if self.at_hand else (crops * 255).round().byte()
         crops = torch.empty(views * n, 3, operation.size, operation.size, dtype=torch.uint8)
         for i, path in enumerate(self.paths[index.numpy()]):
             crops[i::n] = operation.cut(read_image(path), *[values[i::n] for values in parameters])
@@ -525,9 +530,8 @@ class Images:
     def load(self, steps: Dataset, numbers: Sequence[int]) -> Iterator[list[Tensor]]:
         """The items `numbers` of a data set whose items are tuples of crops, on the device."""
         on_gpu = self.device.type == "cuda"
-        at_hand = self.pixels is not None and self.pixels.device.type == self.device.type
-        workers = 0 if at_hand or len(numbers) == 1 else self.workers
-        pin = on_gpu and not at_hand
+        workers = 0 if self.at_hand or len(numbers) == 1 else self.workers
+        pin = on_gpu and not self.at_hand
         for crops in DataLoader(steps, None, sampler=numbers, num_workers=workers, pin_memory=pin):
             crops = [x.to(self.device, non_blocking=on_gpu) for x in crops]
             yield [x if x.is_floating_point() else x / 255 for x in crops]
@@ -559,7 +563,6 @@ def load_splits(
             train_labels, test_images and test_labels, or with train_images alone.
         root: where torchvision's data sets are, or are downloaded to.
         limit: keep the first `limit` training images of a fixed shuffle.
-        device, workers: see `Images`.
 
     Returns:
         The images to train on; those of them that have labels, or for stl10 others that have; and
@@ -614,7 +617,7 @@ def read_set(name: str, root: str) -> dict[str, tuple[np.ndarray, Sequence[int]]
     if name == "fashion-mini":
         return read_arrays(str(Path(__file__).resolve().parent / "data" / "fashion-mini.npz"))
     splits = {}
-    with PartialState().main_process_first():
+    with PartialState().local_main_process_first():
         for split in ("train", "test", "unlabeled") if name == "stl10" else ("train", "test"):
             try:
                 kind = split if name == "stl10" else split == "train"
@@ -709,20 +712,22 @@ def decode(paths: np.ndarray, workers: int) -> Tensor | None:
     if len(paths) * first.numel() > MAX_IMAGE_BYTES:
         return None
     pixels = torch.empty(len(paths), *first.shape, dtype=torch.uint8)
-    with ThreadPoolExecutor(max(1, workers)) as pool:
+    pool = ThreadPoolExecutor(max(1, workers))
+    try:
         images = pool.map(read_image, paths)
         for i, image in enumerate(progress(images, "reading images", len(paths))):
             if image.shape != first.shape:
-                pool.shutdown(cancel_futures=True)
                 return None
             pixels[i] = image
+    finally:
+        pool.shutdown(cancel_futures=True)
     return pixels
 
 
 class Steps(Dataset):
     """Maps the number of a training step to its crops, on each process those of its own images."""
 
-    def __init__(self, images: Images, recipes: Recipes, batch_size: int, seed: int) -> None:
+    def __init__(self, images: Images, recipes: Sequence, batch_size: int, seed: int) -> None:
         self.images, self.recipes, self.batch_size, self.seed = images, recipes, batch_size, seed
         self.per_epoch = len(images) // batch_size
         state = PartialState()
@@ -731,13 +736,11 @@ class Steps(Dataset):
         self.step, self.drawn = -1, None
 
     def draw(self, step: int) -> tuple[Tensor, list[list[tuple[Tensor, ...]]]]:
-        """What a step shows, as a function of the seed, the epoch and the step.
-
-        The whole batch is drawn, so that the number of processes does not matter.
+        """What a step shows, drawn for all processes by the seed, the epoch and the step.
 
         Returns:
-            index [B] of the images, and for each recipe the parameters of its operations, of which
-            row v * B + i belongs to view v of image i.
+            index [B] of this process's images, and for each recipe the parameters of its
+            operations, of which row v * B + i belongs to view v of image i.
         """
         if step == self.step:  # Without other processes, each step is asked for twice.
             return self.drawn
@@ -763,7 +766,7 @@ class Steps(Dataset):
 
 
 def batches(
-    images: Images, recipes: Recipes, batch_size: int, seed: int, steps: range
+    images: Images, recipes: Sequence, batch_size: int, seed: int, steps: range
 ) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """The views of some steps of a training run.
 
@@ -885,12 +888,13 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     The file is one of `save_encoder`; or somebody else's checkpoint with a ResNet. No code of it is
     run, and one line says what of it is used.
     """
-    about = {}
     try:
         if str(path).endswith(".safetensors"):
             with safetensors.safe_open(path, "pt") as file:
                 about = file.metadata() or {}
             tensors = safetensors.torch.load_file(path)
+            if "architecture" in about:
+                return tensors, {name: json.loads(value) for name, value in about.items()}
         else:
             with torch.serialization.safe_globals(HARMLESS):
                 tensors = flatten(torch.load(path, map_location="cpu", weights_only=True))
@@ -898,20 +902,19 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         raise
     except Exception as error:  # A damaged file can raise almost any exception.
         held = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it holds {held[1]}, which could run code" if held else str(error).split("\n")[0]
-        if "weights_only" in reason:  # advice of PyTorch for files that are no checkpoints at all
-            reason = "it is no checkpoint of PyTorch"
+        reason = (
+            f"it holds {held[1]}, which could run code" if held else "it is damaged, or another"
+        )
         fail(f"{path} was not loaded ({reason}): use a checkpoint that holds only tensors")
-    if "architecture" in about:
-        return tensors, {name: json.loads(value) for name, value in about.items()}
 
     # The encoder is where the first convolution stands that is not of a second encoder.
     names = [name for name in tensors if not any(word in name for word in SECOND_ENCODERS)]
-    first = next((name for name in names if tensors[name].ndim == 4), "")
-    prefix = first.removesuffix("conv1.weight").removesuffix("0.weight")
-    if prefix == first:
+    names = [name for name in names if name.endswith(("conv1.weight", "0.weight"))]
+    first = next((name for name in names if tensors[name].ndim == 4), None)
+    if not first:
         names = ", ".join(list(tensors)[:3]) or "nothing"
         fail(f"{path} holds no ResNet under torchvision's names; it begins with {names}")
+    prefix = first.removesuffix("conv1.weight").removesuffix("0.weight")
     inside = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
     # If the layers have numbers, they are torchvision's in the same order.
     numbers = sorted({int(part) for name in inside if (part := name.split(".")[0]).isdecimal()})
@@ -990,8 +993,7 @@ def knn_predict(
 
     Args:
         bank, labels, queries: features [M, D] with labels [M], and features [Q, D].
-        k: how many neighbors vote.
-        temperature: a neighbor's vote is exp(cosine / temperature).
+        k: how many neighbors vote, each with exp(cosine / temperature).
 
     Returns:
         [Q, C]: the votes for each class, as shares of all votes.
@@ -1030,12 +1032,13 @@ def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, seed: int = 0) -> Tensor:
     device = x.device
     if x.numel() < 1e6:  # A GPU would mostly wait between operations so small.
         x, x_test = x.cpu(), x_test.cpu()
-    y = y.to(x.device)
+    order = torch.randperm(len(y), generator=generator(seed))
+    x, y = x[order.to(x.device)], y[order].to(x.device)
     mean, std = x.mean(0), x.std(0, unbiased=False).clamp(min=1e-6)
     x, x_test = (F.pad((part - mean) / std, (0, 1), value=1.0) for part in (x, x_test))
-    order = torch.randperm(len(y), generator=generator(seed)).to(x.device)
-    parts = order.chunk(5) if len(y) < 1000 else order.split(len(y) // 10)[:1]
-    folds = [(order[~torch.isin(order, part)], part) for part in parts]
+    places = torch.arange(len(y), device=x.device)
+    parts = places.chunk(5) if len(y) < 1000 else places.split(len(y) // 10)[:1]
+    folds = [(places[~torch.isin(places, part)], part) for part in parts]
 
     weights = [x.new_zeros(x.shape[1], int(y.max()) + 1)] * len(folds)
     best_loss = math.inf
@@ -1099,12 +1102,13 @@ def load_run(args: argparse.Namespace, images: Images) -> dict | None:
     path = args.out / "checkpoint.pt"
     saved = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
     epochs = len(saved["rows"]) if saved else 0
-    if len(set(gather_object([epochs]))) > 1:
-        fail(f"the processes see different runs in --out {args.out}: it must be a shared folder")
     args.images = images.identity
-    args.run_id = saved["flags"]["run_id"] if saved else secrets.token_hex(4)
+    if len(set(gather_object([(epochs, args.images)]))) > 1:
+        fail(f"the processes see different images, or runs in --out {args.out}: share the folders")
+    before = saved.get("flags", {}) if saved else {}  # Runs of earlier versions have none.
+    args.run_id = before.get("run_id", secrets.token_hex(4))
     if saved:
-        before, now = saved["flags"], readable_flags(args)
+        now = readable_flags(args)
         changed = [name for name in now if now[name] != before.get(name) and name not in IGNORED]
         if changed or args.epochs < epochs:
             was = "; ".join(f"{name} was {before.get(name)}" for name in changed)
@@ -1145,10 +1149,9 @@ def readable_flags(args: argparse.Namespace) -> dict:
 
 def start_trackers(accelerator: Accelerator, method: str, args: argparse.Namespace) -> None:
     """Begin the curves of a run with the tracker of --log-with, or continue them."""
-    accelerator.project_configuration.set_directories(str(args.out))
+    accelerator.project_configuration.logging_dir = str(args.out)
     flags = {k: v if isinstance(v, int | float | str) else str(v) for k, v in vars(args).items()}
-    wandb = {"id": args.run_id, "resume": "allow"}
-    accelerator.init_trackers(method, flags, {"wandb": wandb})
+    accelerator.init_trackers(method, flags, {"wandb": {"id": args.run_id, "resume": "allow"}})
 
 
 def finish(
@@ -1160,11 +1163,10 @@ def finish(
         state.print("there are no labeled test images, so there is no accuracy")
         return
     torch.manual_seed(args.seed)
-    networks = {
-        "trained": encoder,
-        "untrained": build_encoder(args.arch, args.stem).to(bank.device),
-        "raw pixels": nn.Flatten(),
-    }
+    untrained = build_encoder(args.arch, args.stem).to(bank.device)
+    networks = {"trained": encoder, "untrained": untrained}
+    if len(bank) < 300_000:  # The pixels of more would take too much memory.
+        networks["raw pixels"] = nn.Flatten()
     rows = []
     for features, network in progress(networks.items(), "evaluation"):
         size = args.image_size if features != "raw pixels" else min(32, args.image_size)

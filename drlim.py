@@ -367,7 +367,7 @@ def main(argv: list[str] | None = None) -> None:
             "images/s": epoch_steps * 2 * args.batch_size / (time.monotonic() - began),
         }
         if not math.isfinite(row["loss"]):
-            common.fail(f"the loss of epoch {epoch + 1} is not finite: use a lower --lr")
+            common.fail("the loss is not finite: use a lower --lr and another --out")
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             G.eval()
             row |= measure(G, train, test)[0]

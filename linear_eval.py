@@ -288,7 +288,7 @@ def main(argv: list[str] | None = None) -> None:
         common.fail(f"--data {args.data} has no labeled training and test images: use another")
 
     # What the flags leave open.
-    args.image_size = args.image_size or about.get("image_size") or min(224, bank.side)
+    args.image_size = args.image_size or about.get("image_size") or min(224, *bank.size)
     args.arch = about.get("architecture") or args.arch or "resnet18"
     args.stem = about.get("stem") or args.stem or ("3x3" if args.image_size <= 64 else "7x7")
     if args.out is None and args.encoder == "random":

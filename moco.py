@@ -117,8 +117,8 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
     l_neg = q @ queue.T
     logits = torch.cat([l_pos, l_neg], dim=1) / temperature
     positives = torch.zeros(len(q), dtype=torch.long, device=q.device)  # column 0
-    # Cross-entropy is -l_pos / tau + log(sum over a row of exp(logits)), and this sum is the denominator
-    # of Eq. 1.
+    # Cross-entropy is -l_pos / tau + log(sum over a row of exp(logits)), and this sum is the
+    # denominator of Eq. 1.
     return F.cross_entropy(logits, positives)
 
 
@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--dim", type=common.count, default=128, help="dimensions of q and k")
     add("--temperature", type=common.positive, default=0.2, help="temperature tau of InfoNCE")
     add("--key-momentum", type=common.fraction, default=0.999, help="m of the momentum update")
-    add("--queue-size", type=common.count, default=65536, help="keys in the queue, K")
+    add("--queue-size", type=common.count, help="keys in the queue, K (default: half the images)")
     add(
         "--key-groups",
         type=common.count,
@@ -202,6 +202,8 @@ def main(argv: list[str] | None = None) -> None:
     # Flags that are not given take the defaults for such images.
     args = common.parse_for(images, parser, PRESETS, argv)
 
+    if args.queue_size is None:  # The paper's is 65,536, of 1.28 million images.
+        args.queue_size = max(args.batch_size, min(65536, len(images) // 2))
     if args.batch_size > args.queue_size:
         common.fail(f"--queue-size {args.queue_size} is less than the keys of a step")
 
@@ -278,7 +280,7 @@ def main(argv: list[str] | None = None) -> None:
             "images/s": epoch_steps * args.batch_size / (time.monotonic() - began),
         }
         if not math.isfinite(row["loss"]):
-            common.fail(f"the loss of epoch {epoch + 1} is not finite: use a lower --lr")
+            common.fail("the loss is not finite: use a lower --lr and another --out")
         if test and ((epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs):
             row["knn"] = common.knn_accuracy(encoder, bank, test, args.image_size)
         rows.append(row)

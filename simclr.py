@@ -25,7 +25,7 @@ Differences from the paper and the authors' code:
 - Inputs are normalized with ImageNet's mean and standard deviation. The authors' are not.
 - The defaults depend on the images (`PRESETS`): only larger ones get LARS and the paper's values.
 
-The authors' ImageNet (they report 69.3 % linear): --data FOLDER --arch resnet50 --batch-size 4096 --epochs 1000
+The authors' ImageNet (69.3 %): --data FOLDER --arch resnet50 --batch-size 4096 --epochs 1000
 Their repository's CIFAR-10 (ResNet-18, about 91 %): --data cifar10 --epochs 1000 --optimizer lars
 --lr 2 --warmup-epochs 10 --weight-decay 1e-4 --crop-scale 0.08 --gray 0.2 --hidden 512
 """
@@ -303,7 +303,7 @@ def main(argv: list[str] | None = None) -> None:
             "images/s": epoch_steps * args.batch_size / (time.monotonic() - began),
         }
         if not math.isfinite(row["loss"]):
-            common.fail(f"the loss of epoch {epoch + 1} is not finite: use a lower --lr")
+            common.fail("the loss is not finite: use a lower --lr and another --out")
         if test and ((epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs):
             row["knn"] = common.knn_accuracy(encoder, bank, test, args.image_size)
         rows.append(row)

@@ -7,6 +7,8 @@ import socket
 import time
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("simclr", "moco", "swav", "supcon", "drlim", "linear_eval")
 # Python source that has a run save a checkpoint after each epoch.
@@ -30,7 +32,9 @@ def execute(source: str, output: str, environment: dict[str, str]) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    multiprocessing.set_start_method(None, force=True)  # Scripts fork, or what is the default.
+    multiprocessing.set_start_method(None, force=True)  # that of a script, not of this process
+    torch.set_num_threads(1)
+    torch.set_num_threads = lambda number: None  # Several tests share the cores.
     exec(source, {})
 
 

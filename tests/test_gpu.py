@@ -112,7 +112,7 @@ def test_a_bfloat16_run_is_killed_continues_and_is_evaluated(
     bf16 = variables(device, ACCELERATE_MIXED_PRECISION="bf16")
     flags = words(TINY[method], "--eval-every 9 --workers 1")
     out, files = tmp_path / "run", tmp_path / "files"
-    run = command(method, [*flags, "--data", str(images), "--out", str(out), "--epochs", "24"])
+    run = command(method, [*flags, "--data", str(images), "--out", str(out), "--epochs", "12"])
     killed = Child(SAVE_OFTEN + run, tmp_path / "text", **bf16)
     killed.wait_for(out / "checkpoint.pt")
     killed.processes[0].kill()
@@ -129,7 +129,7 @@ def test_a_bfloat16_run_is_killed_continues_and_is_evaluated(
         "continuing after epoch" in text
         and text.count(f"device: {device}") == run.count("run_path") + 1
     )
-    for rows, epochs in ((metrics(out), 24), (metrics(files), 2)):
+    for rows, epochs in ((metrics(out), 12), (metrics(files), 2)):
         assert len(rows) == epochs and all(0 < row["loss"] < 1e3 for row in rows)
 
 
@@ -147,7 +147,7 @@ def test_a_compiled_run_ends(method, device, images, tmp_path):
 def test_two_processes_on_a_device_share_the_statistics_of_a_batch(
     method, device, images, tmp_path
 ):
-    argv = words("--data", images, "--epochs 1 --limit 16 --out", tmp_path / "run")
+    argv = words("--data", images, "--out", tmp_path / "run")
     seen = []
     for processes in (1, 2):
         path = tmp_path / f"seen{processes}-"
