@@ -228,8 +228,7 @@ def test_a_run_with_the_defaults_leaves_its_files_and_curves(method, tmp_path, m
         assert 0 < row["spread"] < 1.6 and row["chance"] > 0 and row["images/s"] > 0
     names = ["DrLIM", "PCA"] if method == "drlim" else ["trained", "untrained"]
     assert [row["features"] for row in results] == [*names, "raw pixels"]
-    accuracies = [v for row in results for k, v in row.items() if k in ("kNN", "linear", "5-NN")]
-    assert all(30 < value <= 100 for value in accuracies), accuracies  # chance is 10
+    assert all(40 < value <= 100 for name, value in results[-1].items() if name != "features")
     if method != "drlim":
         _, about = common.load_encoder(out / "encoder.safetensors")
         expected = {"architecture": "small", "image_size": 28, "data": "fashion-mini"}
