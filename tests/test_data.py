@@ -124,8 +124,7 @@ def test_limit_is_the_start_of_one_shuffle_of_the_training_images(tmp_path):
     assert torch.equal(five.pixels[:3], three.pixels)
     index = torch.tensor([whole.paths.tolist().index(path) for path in five.paths])
     assert not torch.equal(index, torch.arange(5)) and torch.equal(five.labels, whole.labels[index])
-    assert torch.equal(whole.take(index).pixels, five.pixels)
-    assert whole.take(index).paths.tolist() == five.paths.tolist() and whole.num_classes == 2
+    assert torch.equal(whole.take(index).pixels, five.pixels) and whole.num_classes == 2
 
 
 def test_wrong_folders_are_one_line(tmp_path):
@@ -219,7 +218,6 @@ def test_files_that_are_no_arrays_are_one_line(tmp_path):
     with path.open("wb") as file:
         np.save(file, noise(6, 9, 9))
     refused(path, "mine.npz", "train_images")
-    refused(tmp_path / "absent.npz", "absent.npz", "No such file")
 
 
 def test_stl10_trains_on_its_unlabeled_images(monkeypatch):
@@ -250,14 +248,14 @@ def test_images_of_8_bits_are_read_as_rgb(tmp_path, mode, suffix):
 
 
 def test_images_of_unusual_forms_are_read(tmp_path):
-    (tmp_path / "text.ppm").write_text("P3 1 1 255 7 8 9")
-    assert common.read_image(tmp_path / "text.ppm").flatten().tolist() == [7, 8, 9]
     exif = Image.Exif()
     exif[0x112] = 6  # to be turned by 90 degrees, clockwise
     pixels = noise(8, 12, 3)
     Image.fromarray(pixels).save(tmp_path / "a png named.jpg", "png", exif=exif)
     turned = common.read_image(tmp_path / "a png named.jpg").permute(1, 2, 0)
     np.testing.assert_array_equal(turned, np.rot90(pixels, -1))
+    (tmp_path / "text.ppm").write_text("P3 1 1 255 7 8 9")
+    assert common.read_image(tmp_path / "text.ppm").flatten().tolist() == [7, 8, 9]
 
 
 PNG_OF_16_BITS = bytes.fromhex(  # one RGB pixel
@@ -375,6 +373,8 @@ def memory(tmp_path_factory):
 def test_an_epoch_is_each_image_once_in_an_order_of_its_own(memory):
     index = torch.cat([index for index, _ in batches(memory, [], 3, 0, range(6))])
     first, second = index.view(2, 9).tolist()
+    steps = common.Steps(memory, RECIPES, 3, 0)
+    assert len({str(steps.draw(step)[1][0]) for step in range(6)}) == 6
     assert len({*first}) == len({*second}) == 9 and first != second
 
 

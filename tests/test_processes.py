@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import common
 
 SGD = "--optimizer sgd --lr 0.1"
-# By name, the method, its flags on one process, and those on two. Adam would magnify rounding.
+# By name, the method, its flags on one process, and those that two have too.
 CASES = {
     "simclr": ("simclr", SGD, ""),
     "chunks": ("simclr", SGD, "--chunk-size 4"),
@@ -25,7 +25,7 @@ CASES = {
     "supcon": ("supcon", f"{SGD} --label-noise 0.3", ""),
     "in": ("supcon", f"{SGD} --loss in", ""),
     "ce": ("supcon", f"{SGD} --loss ce", ""),
-    "drlim": ("drlim", "--ratio 2", ""),
+    "drlim": ("drlim", "--ratio 2 --lr 0.1", ""),
 }
 SIZE = {"simclr": 12, "moco": 12, "swav": 12, "supcon": 12, "drlim": 24}  # of a batch
 STOP = 8  # The processes that are stopped have seen two of three epochs, of four steps each.
@@ -78,6 +78,7 @@ def record(
     if not batch_norm:
         common.build_encoder = without_batch_statistics
         nn.BatchNorm1d = nn.LayerNorm  # in the heads
+        torch.optim.Adam = torch.optim.SGD  # Adam would magnify rounding.
     register_optimizer_step_pre_hook(note_gradients)
     run(method, *argv)
     torch.save(seen, f"{path}{rank}")

@@ -19,39 +19,31 @@ from child import ROOT, SAVE_OFTEN, Child, command
 from conftest import METHODS, TINY, metrics, run, words
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import common
 
-# Of every script, flags that change what is learned in a tiny run.
-SHARED = ["--limit 40", "--image-size 16", "--epochs 3", "--batch-size 8", "--lr 0.3"]
-SHARED += ["--warmup-epochs 1", "--weight-decay 9", "--seed 1"]
-COLORS = ["--augment crop blur", "--crop-scale 0.9", "--color-strength 2"]
+# Flags that change what a tiny run learns: of every script, and of one.
+SHARED = "--limit 40 | --image-size 16 | --epochs 3 | --batch-size 8 | --lr 0.3 | --seed 1"
+SHARED += " | --warmup-epochs 1 | --weight-decay 9"
+HEAD = "--augment crop blur | --color-strength 2 | --crop-scale 0.9 | --hidden 24 | --dim 4"
 FLAGS = {
-    "simclr": [
-        *(*COLORS, "--gray 1", "--hidden 24", "--head-layers 3", "--head-layers 0", "--dim 4"),
-        *("--temperature 0.1", "--optimizer sgd --lr 0.1", "--optimizer adamw", "--chunk-size 5"),
-    ],
-    "moco": [
-        *(*COLORS, "--hidden 24", "--dim 4", "--temperature 0.5", "--key-momentum 0.5"),
-        *("--queue-size 64", "--key-groups 1", "--schedule steps", "--optimizer adamw"),
-        "--head-layers 1 --schedule steps --temperature 0.07 --augment crop color gray",  # v1
-    ],
-    "swav": [
-        *("--augment color blur", "--color-strength 2", "--hidden 24", "--dim 4", "--epsilon 0.5"),
-        *("--crops 2 1 --crop-sizes 12 8 --crop-scales 0.3 1 0.1 0.4", "--crop-sizes 8"),
-        *("--crop-scales 0.3 0.5", "--prototypes 9", "--freeze-prototypes 0.3", "--queue-size 0"),
-        *("--temperature 0.5", "--queue-start 1", "--optimizer larc --lr 9", "--optimizer sgd"),
-    ],
-    "supcon": [
-        *(*COLORS, "--hidden 24", "--head-layers 1", "--dim 4", "--temperature 0.5"),
-        *("--optimizer adamw", "--loss in --label-noise 0.4", "--loss ce", "--label-noise 0.4"),
-    ],
-    "drlim": [
-        *("--classes 0 1", "--per-class 12", "--graph shifts", "--graph shifts-by-pixels"),
-        *("--graph labels", "--neighbours 3", "--ratio 2", "--margin 3", "--dim 3", "--arch small"),
-    ],
+    "simclr": f"{HEAD} | --gray 1 | --head-layers 3 | --head-layers 0 | --temperature 0.1 "
+    "| --optimizer sgd --lr 0.1 | --optimizer adamw | --chunk-size 5",
+    "moco": f"{HEAD} | --temperature 0.5 | --key-momentum 0.5 | --queue-size 64 | --key-groups 1 "
+    "| --schedule steps | --optimizer adamw "
+    "| --head-layers 1 --schedule steps --temperature 0.07 --augment crop color gray",  # v1
+    "swav": "--augment color blur | --color-strength 2 | --hidden 24 | --dim 4 | --epsilon 0.5 "
+    "| --crops 2 1 --crop-sizes 12 8 --crop-scales 0.3 1 0.1 0.4 | --crop-scales 0.3 0.5 "
+    "| --crop-sizes 8 | --prototypes 9 | --freeze-prototypes 0.3 | --queue-size 0 "
+    "| --queue-start 1 | --temperature 0.5 | --optimizer larc --lr 9 | --optimizer sgd",
+    "supcon": f"{HEAD} | --head-layers 1 | --temperature 0.5 | --optimizer adamw "
+    "| --label-noise 0.4 | --loss in --label-noise 0.4 | --loss ce --label-noise 0.4",
+    "drlim": "--classes 0 1 | --per-class 12 | --graph shifts | --graph shifts-by-pixels "
+    "| --graph labels | --neighbours 3 | --ratio 2 | --margin 3 | --dim 3 | --arch small",
 }
+CASES = {method: f"{SHARED} | {flags}".split(" | ") for method, flags in FLAGS.items()}
 # Flags of the other tests here.
 ELSEWHERE = "--arch --stem --init --data --root --workers --out --eval-every --log-with"
 
@@ -66,59 +58,39 @@ def method(request):
 
 
 @pytest.fixture(scope="session")
+def labeled(tmp_path_factory, images):
+    """Training images with labels, but no test images, which makes runs short."""
+    path, arrays = tmp_path_factory.mktemp("labeled") / "images.npz", np.load(images)
+    np.savez(path, train_images=arrays["train_images"], train_labels=arrays["train_labels"])
+    return path
+
+
+@pytest.fixture(scope="session")
 def unlabeled(tmp_path_factory, images):
-    """Training images alone, which makes runs short."""
+    """Training images alone."""
     path = tmp_path_factory.mktemp("unlabeled") / "images.npz"
     np.savez(path, train_images=np.load(images)["train_images"])
     return path
 
 
-@pytest.fixture(scope="session")
-def labeled(tmp_path_factory, images):
-    """Training images with labels, but no test images."""
-    path = tmp_path_factory.mktemp("labeled") / "images.npz"
-    arrays = np.load(images)
-    np.savez(path, **{name: arrays[name] for name in ("train_images", "train_labels")})
-    return path
-
-
-@pytest.fixture(scope="session")
-def encoder(tmp_path_factory):
-    """The file of an encoder."""
-    torch.manual_seed(5)
-    path = tmp_path_factory.mktemp("encoder") / "encoder.safetensors"
-    common.save_encoder(path, common.build_encoder("small"), architecture="small", stem="7x7")
-    return path
-
-
-def flatten(value: object, path: str = "") -> dict:
-    """The leaves of nested dictionaries and lists, by path."""
-    if not isinstance(value, dict | list | tuple):
-        return {path: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    return {k: v for name, part in items for k, v in flatten(part, f"{path}/{name}").items()}
-
-
-def load_checkpoint(out):
-    """What a run has saved, without what may differ between equal runs."""
-    leaves = flatten(torch.load(out / "checkpoint.pt", weights_only=True))
-    return {k: v for k, v in leaves.items() if "flags" not in k and "images/s" not in k}
+def load_state(out):
+    """What a run has saved, without what may differ between runs that are the same."""
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    state.pop("flags")
+    for row in state["rows"]:
+        row.pop("images/s")
+    return state
 
 
 def assert_same_end(a, b) -> None:
     """Two runs have ended the same, bit by bit."""
-    one, two = load_checkpoint(a), load_checkpoint(b)
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        same = torch.equal(value, two[name]) if torch.is_tensor(value) else value == two[name]
-        assert same, name
-    for rows in zip(metrics(a), metrics(b), strict=True):
-        first, second = ({k: v for k, v in row.items() if k != "images/s"} for row in rows)
-        assert first == second
-    assert (a / "results.json").read_text() == (b / "results.json").read_text()
+    torch.testing.assert_close(load_state(a), load_state(b), rtol=0, atol=0)
+    for file in {"metrics.jsonl", "results.json"}:
+        one, two = ((out / file).read_text() for out in (a, b))
+        assert re.sub('"images/s": [^,}]+', "", one) == re.sub('"images/s": [^,}]+', "", two)
     if (a / "encoder.safetensors").exists():
         one, two = (load_file(out / "encoder.safetensors") for out in (a, b))
-        assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
 
 
 def refuse(capsys, method, *flags) -> str:
@@ -140,7 +112,7 @@ def test_every_flag_is_used_by_a_test_here(method, capsys):
     with pytest.raises(SystemExit):
         importlib.import_module(method).main(["--help"])
     flags = set(re.findall(r"^ +(--[\w-]+)", capsys.readouterr().out, re.MULTILINE))
-    used = set(words(*SHARED, *FLAGS[method], ELSEWHERE))
+    used = set(words(*CASES[method], ELSEWHERE))
     assert len(flags) > 20 and flags <= used
     assert {word for word in used if word.startswith("--")} <= flags
 
@@ -156,30 +128,26 @@ def plain_losses(labeled, tmp_path_factory):
     return losses
 
 
-CASES = [(method, flags) for method in METHODS for flags in SHARED + FLAGS[method]]
-
-
-@pytest.mark.parametrize(("method", "flags"), CASES)
+@pytest.mark.parametrize(("method", "flags"), [(m, flags) for m in CASES for flags in CASES[m]])
 def test_a_flag_changes_what_is_learned(method, flags, plain_losses, labeled, tmp_path):
     run(method, "--data", labeled, "--out", tmp_path, flags)
     losses = [row["loss"] for row in metrics(tmp_path)]
     assert all(map(math.isfinite, losses)) and losses != plain_losses[method]
 
 
-def test_init_is_where_training_starts(method, encoder, labeled, tmp_path):
-    flags = f"--arch small --init {encoder} --epochs 1 --lr 1e-25"
+def test_init_is_where_training_starts(method, labeled, tmp_path):
+    encoder, file = common.build_encoder("small"), tmp_path / "init.safetensors"
+    common.save_encoder(file, encoder, architecture="small", stem="7x7")
+    flags = f"--arch small --init {file} --epochs 1 --lr 1e-25"
     run(method, "--data", labeled, "--out", tmp_path, flags)
-    start, end = load_file(encoder), load_file(tmp_path / "encoder.safetensors")
-    assert start.keys() == end.keys()
-    for name, value in start.items():
-        if "running" not in name and "num_batches" not in name:
-            torch.testing.assert_close(value, end[name], rtol=0, atol=1e-20)
+    trained = load_file(tmp_path / "encoder.safetensors")
+    for name, value in encoder.named_parameters():
+        torch.testing.assert_close(trained[name], value.detach(), rtol=0, atol=1e-20)
 
 
-def test_processes_that_read_files_change_nothing(method, folder, tmp_path):
+def test_processes_that_read_files_change_nothing(folder, tmp_path):
     for workers in (0, 1):
-        flags = f"--workers {workers} --out {tmp_path}/{workers}"
-        run(method, "--data", folder, flags)
+        run("swav", "--crops 2 1 --data", folder, f"--workers {workers} --out {tmp_path}/{workers}")
     assert_same_end(tmp_path / "0", tmp_path / "1")
 
 
@@ -196,9 +164,7 @@ def test_an_encoder_can_have_a_resnets_stems(labeled, tmp_path):
 # --------------------------------------------------------------------------------------
 
 
-def test_a_run_with_the_defaults_leaves_its_files_and_curves(method, tmp_path, monkeypatch):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+def test_a_run_with_the_defaults_leaves_its_files(method, tmp_path, monkeypatch):
     # Instead of the bundled 10,000 training images and as many test images, some of them.
     arrays = np.load(ROOT / "data" / "fashion-mini.npz")
     (tmp_path / "data").mkdir()
@@ -207,41 +173,30 @@ def test_a_run_with_the_defaults_leaves_its_files_and_curves(method, tmp_path, m
     monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", [f"{method}.py"])
-    flags = "--root nowhere --limit 100 --batch-size 64 --eval-every 2 --log-with tensorboard"
-    main, out = importlib.import_module(method).main, tmp_path / "runs" / f"{method}-fashion-mini"
-    for epochs in (3, 4):  # The second run continues the first.
-        main(words(flags, f"--epochs {epochs}"))
+    flags = "--root nowhere --epochs 3 --limit 100 --batch-size 64 --eval-every 2"
+    importlib.import_module(method).main(words(flags))
 
-    made = {path.name for path in out.iterdir() if path.is_file()}
-    assert made == FILES | OWN_FILES.get(method, PICTURES)
+    out = tmp_path / "runs" / f"{method}-fashion-mini"
+    assert {path.name for path in out.iterdir()} == FILES | OWN_FILES.get(method, PICTURES)
     for path in out.glob("*.png"):
         assert len(np.unique(np.asarray(Image.open(path)))) > 50
     config = json.loads((out / "config.json").read_text())
-    assert config["epochs"] == 4 and config["data"] == "fashion-mini" and config["lr"] > 0
-    assert load_checkpoint(out)["/rows/3/epoch"] == 4
-
+    assert config["epochs"] == 3 and config["data"] == "fashion-mini" and config["lr"] > 0
     rows, results = metrics(out), json.loads((out / "results.json").read_text())
-    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+    assert load_state(out)["rows"] == [{k: row[k] for k in row if k != "images/s"} for row in rows]
+
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
     measured = "5-NN" if method == "drlim" else "knn"
-    assert [measured in row for row in rows] == [False, True, True, True]
+    assert [measured in row for row in rows] == [False, True, True]
     for row in rows:
         assert 0 < row["spread"] < 1.6 and row["chance"] > 0 and row["images/s"] > 0
     names = ["DrLIM", "PCA"] if method == "drlim" else ["trained", "untrained"]
-    assert [row["features"] for row in results] == [*names, "raw pixels"]
-    assert all(40 < value <= 100 for name, value in results[-1].items() if name != "features")
-    if method != "drlim":
-        _, about = common.load_encoder(out / "encoder.safetensors")
+    assert [row.pop("features") for row in results] == [*names, "raw pixels"]
+    assert all(40 < value <= 100 for value in results[-1].values())
+    if method != "drlim":  # whose own network is not exported
+        about = common.load_encoder(out / "encoder.safetensors")[1]
         expected = {"architecture": "small", "image_size": 28, "data": "fashion-mini"}
         assert expected.items() <= about.items()
-
-    events = EventAccumulator(str(out / method)).Reload()
-    for name in ("loss", "lr", measured):
-        curve = [event.value for event in events.Scalars(name)]
-        assert curve == pytest.approx([row[name] for row in rows if name in row])
-    steps = np.array([event.step for event in events.Scalars("loss")])
-    assert ((steps + 1) == (steps[0] + 1) * np.arange(1, 5)).all()
-    texts = [path.read_text() for path in sorted(out.rglob("hparams.yml"))]
-    assert re.search(r"^lr: [\d.]+$", texts[0], re.MULTILINE) and "\nepochs: 3\n" in texts[0]
 
 
 def test_images_without_labels_train_an_encoder(method, unlabeled, tmp_path):
@@ -262,7 +217,7 @@ def test_a_killed_run_ends_as_one_that_was_not_bit_by_bit(method, images, tmp_pa
     main = importlib.import_module(method).main
     began = time.monotonic()
     main([*flags, str(tmp_path / "whole")])
-    delay = random.uniform(0, 0.5) * (time.monotonic() - began)
+    delay = random.uniform(0, 0.3) * (time.monotonic() - began)
 
     out = tmp_path / "run"
     killed = Child(SAVE_OFTEN + command(method, [*flags, str(out)]), tmp_path / "text")
@@ -281,22 +236,29 @@ def test_a_killed_run_ends_as_one_that_was_not_bit_by_bit(method, images, tmp_pa
 
 def test_a_run_continues_with_its_flags_and_images_and_no_others(method, folder, tmp_path, capsys):
     data, out = shutil.copytree(folder, tmp_path / "images"), tmp_path / "run"
-    run(method, "--data", data, "--out", out)
-    rows, weights = metrics(out), load_checkpoint(out)
+    run(method, "--data", data, "--out", out, "--log-with tensorboard")
+    rows, state = metrics(out), load_state(out)
     table = capsys.readouterr().out.splitlines()[-4:]
     run(method, "--data", data, "--out", out)
     again = capsys.readouterr().out
     assert again.splitlines()[-4:] == table and "learning rate" not in again
-    assert metrics(out) == rows and load_checkpoint(out).keys() == weights.keys()
+    assert metrics(out) == rows
+    torch.testing.assert_close(load_state(out), state, rtol=0, atol=0)
 
     # More epochs, and the images elsewhere: at the rates of a run that had them all along.
     elsewhere = shutil.move(data, tmp_path / "elsewhere")
-    run(method, "--data", elsewhere, "--out", out, "--epochs 4")
+    run(method, "--data", elsewhere, "--out", out, "--epochs 4 --log-with tensorboard")
     assert "learning rate" in capsys.readouterr().out
-    run(method, "--data", elsewhere, "--out", tmp_path / "whole", "--epochs 4")
+    run(method, "--data", elsewhere / "train", "--out", tmp_path / "whole", "--epochs 4")
     longer, whole = metrics(out), metrics(tmp_path / "whole")
     assert longer[:2] == rows and len(longer) == 4
     assert [row["lr"] for row in longer[2:]] == [row["lr"] for row in whole[2:]]
+    events = EventAccumulator(str(out / method)).Reload()
+    for name in ("loss", "lr"):
+        curve = [(event.step, event.value) for event in events.Scalars(name)]
+        assert curve == [(3 * i + 2, pytest.approx(row[name])) for i, row in enumerate(longer)]
+    hparams = sorted(out.rglob("hparams.yml"))[0].read_text()
+    assert {"epochs: 2", "color_strength: 0.5", "lr: 0.1"} & set(hparams.splitlines())
 
     before = (out / "checkpoint.pt").read_bytes()
     flags = ("--data", elsewhere, "--out", out, "--epochs 4")
@@ -317,7 +279,7 @@ def test_a_run_continues_with_its_flags_and_images_and_no_others(method, folder,
 # How a run refuses, and is stopped
 # --------------------------------------------------------------------------------------
 
-# Of every script; and of one. The line names the flag, or what is in braces.
+# Of every script, and of one.
 WRONG = ["--workers -1", "--epochs 0", "--batch-size 1", "--batch-size 9999", "--lr 0", "--lr nan"]
 WRONG += ["--arch vit", "--stem 5x5", "--limit 1", "--seed -1", "--image-size 0", "--eval-every 0"]
 WRONG += ["--data nowhere", "--data nowhere.npz", "--epoch 2", "--warmup-epochs -1"]
@@ -334,9 +296,8 @@ OWN_WRONG = {
 def test_wrong_flags_are_refused_in_one_line(method, images, tmp_path, capsys):
     for flags in WRONG + OWN_WRONG[method]:
         line = refuse(capsys, method, "--data", images, "--out", tmp_path, flags)
-        assert line.startswith("error: ") and flags.split()[0] in line.replace(
-            "nowhere.pth", "--init"
-        ), line
+        assert line.startswith("error: ")
+        assert any(word in line for word in flags.split()[:2]), line  # the flag, or its value
     assert not list(tmp_path.iterdir())
 
 
@@ -421,7 +382,7 @@ def test_an_encoder_of_ones_own_takes_two_edits(method, images, tmp_path):
 
 
 def losses_alone(z1, z2, labels):
-    """The loss of each method, on the embeddings of two views."""
+    """The loss of each method, on the embeddings [N, D] of two views, as one would import it."""
     from drlim import contrastive_loss
     from moco import info_nce
     from simclr import nt_xent
@@ -429,13 +390,16 @@ def losses_alone(z1, z2, labels):
     from swav import sinkhorn, swapped_prediction_loss
 
     z1, z2 = (nn.functional.normalize(z, dim=1) for z in (z1, z2))
-    scores = torch.stack([z1, z2]) @ torch.eye(8)[:6].T
+    both, axes = torch.stack([z1, z2], dim=1), torch.eye(z1.shape[1], device=z1.device)
+    scores = torch.stack([z1, z2]) @ axes[:6].T
+    codes = torch.stack([sinkhorn(part.detach()) for part in scores])
     return {
         "simclr": nt_xent(z1, z2, 0.5),
-        "moco": info_nce(z1, z2.detach(), torch.eye(8), 0.2),
-        "swav": swapped_prediction_loss(scores, torch.stack([sinkhorn(s) for s in scores]), 0.1),
-        "supcon": supcon_loss(torch.stack([z1, z2], dim=1), labels, 0.1),
-        "drlim": contrastive_loss(z1, z2, labels, 1.25),
+        "moco": info_nce(z1, z2.detach(), axes, 0.2),
+        "swav": swapped_prediction_loss(scores, codes, 0.1),
+        "supcon": supcon_loss(both, labels, 0.1),
+        "in": supcon_loss(both, labels, 0.1, "in"),
+        "drlim": contrastive_loss(z1, z2, labels % 2, 1.25),
     }
 
 
