@@ -1,8 +1,4 @@
-"""Data and evaluation for the scripts beside it. Each script holds the rest.
-
-Sections: starting a script; image operations; images and views; encoders; evaluation; what a run
-prints and leaves.
-"""
+"""Data and evaluation for the scripts beside it. Each script holds the rest."""
 
 import _codecs
 import argparse
@@ -116,7 +112,6 @@ count = number(int, 1)
 not_negative_int = number(int, 0)
 positive = number(float, 1e-30, 1e30)
 not_negative = number(float, 0, 1e30)
-fraction = number(float, 1e-30, 1)
 share = number(float, 0, 1)
 
 
@@ -124,8 +119,7 @@ def build_parser(
     description: str, presets: dict[str, dict], architectures: Sequence[str] = ARCHITECTURES
 ) -> argparse.ArgumentParser:
     """A command line with the flags that the training scripts share."""
-    kinds = "; ".join(f"{kind}: {json.dumps(flags)[1:-1]}" for kind, flags in presets.items())
-    kinds = kinds.replace('"', "")
+    kinds = "; ".join(f"{kind}: {str(flags)[1:-1]}" for kind, flags in presets.items())
     parser = argparse.ArgumentParser(
         description=description,
         epilog=f"Other defaults by the kind of images, small up to 64 pixels. {kinds}",
@@ -241,8 +235,8 @@ class RandomResizedCrop(NamedTuple):
     ) -> Tensor:
         """The boxes [n, 4] that the drawn numbers choose: top, left, height and width.
 
-        As in torchvision, the first of ten tries that fits into the image counts. If none does,
-        the box is the middle of the image, with the nearest allowed aspect ratio.
+        As in torchvision, the first of ten tries counts that fits into the image, or else the
+        middle of the image with the nearest allowed aspect ratio.
         """
         area = height * width * (self.scale[0] + (self.scale[1] - self.scale[0]) * scale)
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
@@ -477,13 +471,11 @@ class Images:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height, of files the medians of up to 100."""
+        """Width and height; of files, medians of the shorter and the longer side of up to 100."""
         if self.pixels is not None:
             return self.pixels.shape[3], self.pixels.shape[2]
-        sizes = []
-        for path in self.paths[:: math.ceil(len(self) / 100)]:
-            with Image.open(path) as image:
-                sizes.append(image.size)
+        some = self.paths[:: math.ceil(len(self) / 100)]
+        sizes = [sorted(Image.open(path).size) for path in some]
         return tuple(int(median) for median in np.median(sizes, axis=0))
 
     @property
@@ -499,7 +491,9 @@ class Images:
     def __str__(self) -> str:
         width, height = self.size
         channels = "gray" if self.pixels is not None and self.pixels.shape[1] == 1 else "RGB"
-        about = f"{len(self)} images, {self.num_classes} classes, {width}x{height} {channels}"
+        missing = int((self.labels < 0).sum())
+        some = f" ({missing} images without)" if 0 < missing < len(self) else ""
+        about = f"{len(self)} images, {self.num_classes} classes{some}, {width}x{height} {channels}"
         return about if self.pixels is not None else f"{about} (median), read at each step"
 
     @property
@@ -508,24 +502,32 @@ class Images:
         if self.paths is None:
             content = self.pixels[:100].cpu().numpy().tobytes()
         else:
-            content = str(["/".join(path.split("/")[-2:]) for path in self.paths]).encode()
+            folder = os.path.commonpath([min(self.paths), max(self.paths)])
+            content = str([os.path.relpath(path, folder) for path in self.paths]).encode()
         return f"{len(self)} images, {zlib.crc32(content + self.labels.numpy().tobytes())}"
 
-    def crop(self, index: Tensor, operation: Callable, *parameters: Tensor) -> Tensor:
-        """Crops [rows, C, S, S] of the images `index` [n], by parameters of n, 2n, ... rows.
+    def crops(self, index: Tensor, operations: Sequence, drawn: Sequence) -> list[Tensor]:
+        """For each cropping operation, crops [rows, C, S, S] of the images `index` [n].
 
-        They are float32 in 0..1 on the device or, if not at hand, uint8 on the CPU.
+        They are float32 in 0..1 or, if not at hand, uint8. What is drawn has n, 2n, ... rows.
         """
         n = len(index)
-        views = len(parameters[0]) // n if parameters else 1
+        views = [len(parameters[0]) // n if parameters else 1 for parameters in drawn]
+        results = []
         if self.pixels is not None:
-            index = to_device_of(self.pixels, index.repeat(views))
-            crops = operation(self.pixels.index_select(0, index), *parameters)
-            return crops if self.at_hand else (crops * 255).round().byte()
-        crops = torch.empty(views * n, 3, operation.size, operation.size, dtype=torch.uint8)
+            for operation, parameters, count in zip(operations, drawn, views, strict=True):
+                rows = to_device_of(self.pixels, index.repeat(count))
+                x = operation(self.pixels.index_select(0, rows), *parameters)
+                results.append(x if self.at_hand else (x * 255).round().byte())
+            return results
+        for operation, count in zip(operations, views, strict=True):
+            shape = (count * n, 3, operation.size, operation.size)
+            results.append(torch.empty(shape, dtype=torch.uint8))
         for i, path in enumerate(self.paths[index.numpy()]):
-            crops[i::n] = operation.cut(read_image(path), *[values[i::n] for values in parameters])
-        return crops
+            image = read_image(path)
+            for x, operation, parameters in zip(results, operations, drawn, strict=True):
+                x[i::n] = operation.cut(image, *[values[i::n] for values in parameters])
+        return results
 
     def load(self, steps: Dataset, numbers: Sequence[int]) -> Iterator[list[Tensor]]:
         """The items `numbers` of a data set whose items are tuples of crops, on the device."""
@@ -541,10 +543,15 @@ def read_image(path: str) -> Tensor:
     """Read a file as RGB, turned as its EXIF data say: [3, H, W] uint8."""
     try:
         with Image.open(str(path)) as image:
-            layout = f"{image.format} {image.mode} {[tile[3] for tile in image.tile[:1]]}"
+            bits = getattr(image, "tag_v2", {}).get(258, 8)  # of a TIFF, for each band
+            layout = f"{image.format} {image.mode} {[tile[3] for tile in image.tile[:1]]} {bits}"
             # Pillow would drop bits (";16", or a largest value in a PPM) or bands ("X" in a TIFF).
-            loses = re.search(r";16|PPM.*\(|TIFF.*X", layout)
-            if loses or image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK"):
+            loses = re.search(r";16|PPM.*, (?!255\))|TIFF.*X", layout)
+            if (
+                loses
+                or np.max(bits) > 8
+                or image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")
+            ):
                 raise ValueError(f"{layout} is not 8-bit gray, palette, RGB, RGBA or CMYK")
             pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except Exception as error:  # A damaged file can raise almost any exception.
@@ -572,7 +579,7 @@ def load_splits(
     if data in SETS:
         found = read_set(data, root)
     elif data.endswith(".npz"):
-        found = read_arrays(data)
+        found = read_arrays(data, notes)
     else:
         found = list_folder(data, notes)
     splits, classes = {}, None  # the labels that occur in training, which are numbered in order
@@ -591,10 +598,9 @@ def load_splits(
             fail(f"--data {data} has {len(labels)} images to {name}, but two are needed")
         paths = source if source.ndim == 1 else None
         pixels = decode(paths, workers) if source.ndim == 1 else torch.from_numpy(source)
-        if pixels is not None:
-            on_gpu = device.type == "cuda"
-            fits = not on_gpu or pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 4
-            pixels = pixels.to(device) if fits else pixels
+        room = torch.cuda.mem_get_info(device)[0] / 4 if device.type == "cuda" else math.inf
+        if pixels is not None and pixels.nbytes < room:
+            pixels = pixels.to(device)
         splits[name] = Images(pixels, paths, labels, device, workers)
 
     width, height = splits["train"].size
@@ -615,7 +621,7 @@ def load_splits(
 def read_set(name: str, root: str) -> dict[str, tuple[np.ndarray, Sequence[int]]]:
     """The pixels [N, C, H, W] and labels of a set of torchvision, which may be downloaded."""
     if name == "fashion-mini":
-        return read_arrays(str(Path(__file__).resolve().parent / "data" / "fashion-mini.npz"))
+        return read_arrays(str(Path(__file__).resolve().parent / "data" / "fashion-mini.npz"), [])
     splits = {}
     with PartialState().local_main_process_first():
         for split in ("train", "test", "unlabeled") if name == "stl10" else ("train", "test"):
@@ -638,22 +644,27 @@ def channels_first(pixels: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(pixels)
 
 
-def read_arrays(path: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The pixels [N, C, H, W] and labels of an .npz file; see `load_splits`."""
+def read_arrays(path: str, notes: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The pixels [N, C, H, W] and labels of an .npz file; see `list_folder`."""
     form = "uint8 [N, H, W], [N, H, W, 3] or [N, 3, H, W] with whole numbers [N] as labels"
     splits = {}
     try:
         file = np.load(path)
         for name in ("train", "test") if "test_images" in file.files else ("train",):
-            pixels = channels_first(file[f"{name}_images"])
-            splits[name] = (pixels, file.get(f"{name}_labels", np.full(len(pixels), -1)))
+            images = file[f"{name}_images"]
+            splits[name] = (images, file.get(f"{name}_labels", np.full(len(images), -1)))
+        ignored = [name for name in file.files if name.split("_")[0] not in splits]
     except Exception as error:  # A damaged file can raise almost any exception.
         fail(f"--data {path} cannot be read ({error}): it must hold train_images, {form}")
-    for name, (pixels, labels) in splits.items():
+    for name, (images, labels) in splits.items():
+        pixels = channels_first(images)
         right = pixels.ndim == 4 and pixels.shape[1] in (1, 3) and pixels.dtype == np.uint8
         if not right or labels.shape != (len(pixels),) or labels.dtype.kind not in "iu":
-            found = f"{pixels.dtype} {list(pixels.shape)}, {labels.dtype} {list(labels.shape)}"
+            found = f"{images.dtype} {list(images.shape)}, {labels.dtype} {list(labels.shape)}"
             fail(f"--data {path}: {name} images and labels are {found}, not {form}")
+        splits[name] = (pixels, labels)
+    if ignored:
+        notes.append(f"ignored: {', '.join(ignored)}")
     return splits
 
 
@@ -661,27 +672,30 @@ def list_folder(data: str, notes: list[str]) -> dict[str, tuple[np.ndarray, list
     """The paths and labels of a folder of images; adds to `notes` what of it is not used."""
     if not Path(data).is_dir():
         fail(f"--data {data} is none of {', '.join(SETS)}, no folder and no .npz file")
-    folders = sorted(path.name for path in Path(data).iterdir() if path.is_dir())
+    inside = [path for path in sorted(Path(data).iterdir()) if path.name[0] != "."]
+    folders = [path.name for path in inside if path.is_dir()]
     parts = [name for name in ("train", "val", "test") if name in folders][:2]
     if parts[:1] != ["train"]:
         parts = [""]  # the folder itself
-    splits, classes, skipped = {}, [], Counter()
+    splits, classes, skipped = {}, None, Counter()
     for name, part in zip(("train", "test"), parts, strict=False):
         paths, kinds = find_images(Path(data, part), skipped)
         if not paths:
             fail(f"--data {data} has no images in {Path(data, part)}")
-        classes = classes or sorted(set(kinds))
+        alone = kinds.count("")  # outside of a class folder: then there are no classes
+        if 0 < alone < len(kinds):
+            notes.append(f"no classes in {name}, since {alone} images lie beside its folders")
+        if classes is None:
+            classes = {} if alone else {kind: i for i, kind in enumerate(sorted(set(kinds)))}
         unknown = sorted(set(kinds) - set(classes))
-        if unknown:
+        if unknown and classes and not alone:
             fail(f"--data {data} has a folder {unknown[0]!r} in {part}, but none in train")
-        if "" in classes and len(classes) > 1:
-            notes.append(f"no classes, since {kinds.count('')} images lie beside their folders")
-        labels = [-1 if "" in classes else classes.index(kind) for kind in kinds]
+        labels = [-1 if alone else classes.get(kind, -1) for kind in kinds]
         splits[name] = (np.array(paths), labels)
 
-    ignored = [name for name in folders if name not in parts and name[0] != "."]
+    ignored = [path.name for path in inside if path.name not in parts]
     if ignored and parts != [""]:
-        notes.append(f"ignored: {', '.join(ignored)}")
+        notes.append(f"ignored: {', '.join(ignored[:5])}{', ...' if len(ignored) > 5 else ''}")
     if skipped:
         files = [f"{number} files ({suffix})" for suffix, number in skipped.most_common()]
         notes.append(f"skipped: {', '.join(files)}")
@@ -691,7 +705,7 @@ def list_folder(data: str, notes: list[str]) -> dict[str, tuple[np.ndarray, list
 def find_images(folder: Path, skipped: Counter) -> tuple[list[str], list[str]]:
     """The images in a folder and below it, and of each the first folder on its path, or "".
 
-    Names that begin with a dot are left out; other files are counted in `skipped` by their suffix.
+    Other files are counted in `skipped`, by their suffix, unless their names begin with a dot.
     """
     paths, kinds = [], []
     for where, subfolders, files in os.walk(folder, followlinks=True, onerror=fail):
@@ -702,7 +716,7 @@ def find_images(folder: Path, skipped: Counter) -> tuple[list[str], list[str]]:
                 paths.append(f"{where}/{name}")
                 kinds.append(kind)
             else:
-                skipped[Path(name).suffix or name] += 1
+                skipped[Path(name).suffix or "without suffix"] += 1
     return paths, kinds
 
 
@@ -759,10 +773,8 @@ class Steps(Dataset):
 
     def __getitem__(self, step: int) -> list[Tensor]:
         index, drawn = self.draw(step)
-        crops = []
-        for (_, operations), parameters in zip(self.recipes, drawn, strict=True):
-            crops.append(self.images.crop(index, operations[0], *parameters[0]))
-        return crops
+        crops = [operations[0] for _, operations in self.recipes]
+        return self.images.crops(index, crops, [parameters[0] for parameters in drawn])
 
 
 def batches(
@@ -779,8 +791,7 @@ def batches(
         steps: their numbers, counted from the start of the run.
 
     Yields:
-        index [B] of this process's images, and for each recipe the views [count, B, 3, size, size],
-        normalized.
+        index [B] of this process's images, and normalized views [count, B, 3, S, S] of each recipe.
     """
     dataset = Steps(images, recipes, batch_size, seed)
     for step, crops in zip(steps, images.load(dataset, steps), strict=True):
@@ -813,24 +824,26 @@ def normalize(x: Tensor) -> Tensor:
 
 RESNET_LAYERS = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
 # Parts of the names, in other people's checkpoints, of encoders that their authors don't evaluate.
-SECOND_ENCODERS = ("encoder_k", "momentum", "target", "student")
+SECOND_ENCODERS = ("encoder_k", "key_encoder", "momentum", "target", "student")
 # What their checkpoints hold beside tensors, and runs no code: flags, paths and NumPy's numbers.
-HARMLESS = [argparse.Namespace, np.dtype, _codecs.encode]
+HARMLESS = [argparse.Namespace, np.dtype, np.ndarray, _codecs.encode]
 HARMLESS += {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
-for module in ("pathlib", "pathlib._local"):
-    for kind in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"):
-        HARMLESS.append((PurePath, f"{module}.{kind}"))
+for kind in ("pathlib.Posix", "pathlib.Windows", "pathlib._local.Posix", "pathlib._local.Windows"):
+    HARMLESS.append((PurePath, f"{kind}Path"))
 for module in ("numpy.core", "numpy._core"):
     HARMLESS.append((np.float64(0).__reduce__()[0], f"{module}.multiarray.scalar"))
+    HARMLESS.append((np.zeros(0).__reduce__()[0], f"{module}.multiarray._reconstruct"))
 
 
-def build_encoder(architecture: str, stem: str = "7x7", init: str | None = None) -> nn.Module:
+def build_encoder(
+    architecture: str, stem: str = "7x7", init: str | dict[str, Tensor] | None = None
+) -> nn.Module:
     """A new encoder, x [B, 3, H, W] -> h [B, encoder.width].
 
     Args:
         architecture: "small", five convolutions, or a ResNet under torchvision's name.
         stem: of a ResNet; "3x3" is the one for small images, without max-pooling (SimCLR, B.9).
-        init: a file to take the weights from; see `read_weights`.
+        init: a file to take the weights from, or the weights; see `read_weights`.
     """
     if architecture == "small":
         layers = []
@@ -850,7 +863,12 @@ def build_encoder(architecture: str, stem: str = "7x7", init: str | None = None)
         encoder.width = encoder.fc.in_features
         encoder.fc = nn.Identity()
     if init:
-        load_weights(encoder, read_weights(init)[0], f"{init} does not fit {architecture}, {stem}")
+        weights = init if isinstance(init, dict) else read_weights(init)[0]
+        try:
+            encoder.load_state_dict(weights)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            fail(f"the weights do not fit {architecture} with 3 channels: {reason:.200}")
     return encoder
 
 
@@ -867,19 +885,11 @@ def load_encoder(path: str | Path, architecture: str | None = None) -> tuple[nn.
     """The encoder of a file, on the CPU, and what the file is about; see `read_weights`."""
     weights, about = read_weights(path)
     if not about:
-        size = weights["conv1.weight"].shape[-1]
-        about = {"architecture": architecture or "resnet50", "stem": f"{size}x{size}"}
-    encoder = build_encoder(about["architecture"], about["stem"])
-    load_weights(encoder, weights, f"{path} does not fit {about['architecture']}")
-    return encoder, about
-
-
-def load_weights(encoder: nn.Module, weights: dict[str, Tensor], message: str) -> None:
-    """Load weights, or end with the message and what does not fit."""
-    try:
-        encoder.load_state_dict(weights)
-    except RuntimeError as error:
-        fail(f"{message} and 3 channels: {str(error).splitlines()[-1].strip():.200}")
+        stem = "3x3" if weights["conv1.weight"].shape[-1] == 3 else "7x7"
+        about = {"architecture": architecture or "resnet50", "stem": stem}
+    if about["architecture"] not in ARCHITECTURES:
+        fail(f"{path} holds a {about['architecture']}, which is none of {ARCHITECTURES}")
+    return build_encoder(about["architecture"], about["stem"], weights), about
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
@@ -893,18 +903,16 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
             with safetensors.safe_open(path, "pt") as file:
                 about = file.metadata() or {}
             tensors = safetensors.torch.load_file(path)
-            if "architecture" in about:
+            if {"architecture", "stem", "mean"} <= about.keys():  # one of ours
                 return tensors, {name: json.loads(value) for name, value in about.items()}
         else:
             with torch.serialization.safe_globals(HARMLESS):
                 tensors = flatten(torch.load(path, map_location="cpu", weights_only=True))
-    except OSError:
+    except FileNotFoundError:
         raise
     except Exception as error:  # A damaged file can raise almost any exception.
         held = re.search(r"GLOBAL (\S+)", str(error))
-        reason = (
-            f"it holds {held[1]}, which could run code" if held else "it is damaged, or another"
-        )
+        reason = f"it holds {held[1]}, which could run code" if held else "is it damaged?"
         fail(f"{path} was not loaded ({reason}): use a checkpoint that holds only tensors")
 
     # The encoder is where the first convolution stands that is not of a second encoder.
@@ -951,7 +959,7 @@ class Middles(Dataset):
         self.images, self.parts, self.size = images, parts, size
 
     def __getitem__(self, i: int) -> list[Tensor]:
-        return [self.images.crop(self.parts[i], CenterCrop(self.size))]
+        return self.images.crops(self.parts[i], [CenterCrop(self.size)], [()])
 
 
 def middles(images: Images, index: Tensor, size: int) -> Iterator[Tensor]:
@@ -1048,9 +1056,8 @@ def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, seed: int = 0) -> Tensor:
             weights[i] = train_probe(x[rest], y[rest], weights[i], decay)
             logits = x[held_out] @ weights[i]
             loss += F.cross_entropy(logits, y[held_out], reduction="sum").item()
-        if loss >= best_loss:  # The loss first falls and then rises.
-            break
-        best_loss, best_decay, W = loss, decay, weights[0]
+        if loss < best_loss:
+            best_loss, best_decay, W = loss, decay, weights[0]
     return (x_test @ train_probe(x, y, W, best_decay)).to(device)
 
 
@@ -1108,20 +1115,17 @@ def load_run(args: argparse.Namespace, images: Images) -> dict | None:
     before = saved.get("flags", {}) if saved else {}  # Runs of earlier versions have none.
     args.run_id = before.get("run_id", secrets.token_hex(4))
     if saved:
-        now = readable_flags(args)
+        now = vars(args)
         changed = [name for name in now if now[name] != before.get(name) and name not in IGNORED]
         if changed or args.epochs < epochs:
-            was = "; ".join(f"{name} was {before.get(name)}" for name in changed)
-            fail(
-                f"the run in {args.out} has {epochs} epochs, and other flags ({was or 'none'}): "
-                "repeat its command, with as many --epochs or more, or choose another --out"
-            )
+            was = "; ".join(f"{name} was {before.get(name)}" for name in changed) or "more --epochs"
+            fail(f"--out {args.out} holds another run ({was}): repeat its command or change --out")
         jump = "; the learning rate jumps to where the new schedule stands"
         jump = jump if args.epochs != before["epochs"] else ""
         PartialState().print(f"continuing after epoch {epochs} of {args.epochs}{jump}")
     if PartialState().is_main_process:
         with atomic_write(args.out / "config.json") as file:
-            file.write_text(json.dumps(readable_flags(args), indent=1))
+            file.write_text(json.dumps(vars(args), indent=1, default=str))
     return saved
 
 
@@ -1136,15 +1140,11 @@ def save_run(
     if encoder:
         about = {"architecture": args.arch, "stem": args.stem, "image_size": args.image_size}
         save_encoder(args.out / "encoder.safetensors", encoder, **about, data=args.data)
+    flags = vars(args) | {"out": str(args.out)}
     buffer = io.BytesIO()  # If the disk is full, torch.save would not say so.
-    torch.save({"flags": readable_flags(args), "rows": rows, **state}, buffer)
+    torch.save({"flags": flags, "rows": rows, **state}, buffer)
     with atomic_write(args.out / "checkpoint.pt") as file:
         file.write_bytes(buffer.getbuffer())
-
-
-def readable_flags(args: argparse.Namespace) -> dict:
-    """The flags, and what else a run must have to be continued, as JSON has them."""
-    return {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
 
 
 def start_trackers(accelerator: Accelerator, method: str, args: argparse.Namespace) -> None:

@@ -177,13 +177,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = common.build_parser("Pretrain an image encoder with MoCo.", PRESETS)
     add = parser.add_argument_group("MoCo").add_argument
     add("--augment", nargs="+", choices=OPERATIONS, default=OPERATIONS, help="what makes a view")
-    add("--crop-scale", type=common.fraction, default=0.2, help="area of the smallest crop")
+    add("--crop-scale", type=common.share, default=0.2, help="area of the smallest crop")
     add("--color-strength", type=common.not_negative, default=0.5, help="strength s of the jitter")
     add("--head-layers", type=int, choices=(1, 2), default=2, help="layers of the head g")
     add("--hidden", type=common.count, help="width of its inner layers (default: the encoder's)")
     add("--dim", type=common.count, default=128, help="dimensions of q and k")
     add("--temperature", type=common.positive, default=0.2, help="temperature tau of InfoNCE")
-    add("--key-momentum", type=common.fraction, default=0.999, help="m of the momentum update")
+    add("--key-momentum", type=common.share, default=0.999, help="m of the momentum update")
     add("--queue-size", type=common.count, help="keys in the queue, K (default: half the images)")
     add(
         "--key-groups",

@@ -208,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = common.build_parser("Pretrain an image encoder with SimCLR.", PRESETS)
     add = parser.add_argument_group("SimCLR").add_argument
     add("--augment", nargs="+", choices=OPERATIONS, default=OPERATIONS, help="what makes a view")
-    add("--crop-scale", type=common.fraction, default=0.08, help="area of the smallest crop")
+    add("--crop-scale", type=common.share, default=0.08, help="area of the smallest crop")
     add("--color-strength", type=common.not_negative, default=0.5, help="strength s of the jitter")
     add("--gray", type=common.share, default=0.2, help="probability of a gray view")
     add("--head-layers", type=int, choices=range(4), default=2, help="layers of the head g")

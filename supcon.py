@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--loss", choices=LOSSES, default="out", help="L_out, L_in or cross-entropy")
     add("--label-noise", type=common.share, default=0.0, help="share of labels that are wrong")
     add("--augment", nargs="+", choices=OPERATIONS, default=OPERATIONS, help="what makes a view")
-    add("--crop-scale", type=common.fraction, default=0.2, help="area of the smallest crop")
+    add("--crop-scale", type=common.share, default=0.2, help="area of the smallest crop")
     add("--color-strength", type=common.not_negative, default=0.5, help="strength s of the jitter")
     add("--head-layers", type=int, choices=(1, 2), default=2, help="layers of the head g")
     add("--hidden", type=common.count, help="width of its inner layers (default: the encoder's)")

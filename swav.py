@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     add(
         "--crop-scales",
         nargs="+",
-        type=common.fraction,
+        type=common.share,
         default=[0.14, 1.0, 0.05, 0.14],
         help="least and largest area of the crops of each resolution, as shares of the image's",
     )

@@ -273,7 +273,7 @@ FIRST_LAYER = {"conv1.weight": torch.ones(64, 3, 7, 7)}
 @pytest.mark.parametrize(
     "value",
     [
-        argparse.Namespace(lr=np.float64(1), out=pathlib.PureWindowsPath("runs")),
+        argparse.Namespace(lr=np.float64(1), out=pathlib.Path("runs")),
         [np.float32(1), np.float16(1), np.int64(1), np.uint8(1), np.bool_(True)],
         np.arange(3),
         np.random.get_state(),
@@ -310,7 +310,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_files_that_are_no_encoder_are_refused_in_one_line(path, tmp_path, monkeypatch, kind):
+def test_files_that_are_no_encoder_are_refused_in_one_line(
+    path, tmp_path, monkeypatch, capsys, kind
+):
     content, *words = REFUSED[kind]
     monkeypatch.chdir(tmp_path)
     path = tmp_path / kind if "." in kind else path
@@ -322,7 +324,8 @@ def test_files_that_are_no_encoder_are_refused_in_one_line(path, tmp_path, monke
         load_encoder(path, "resnet18")
     message = str(error.value)
     assert message.startswith("error: ") and "\n" not in message and "()" not in message
-    assert all(word in message for word in (str(path), *words)), message
+    said = message + capsys.readouterr().out
+    assert all(word in said for word in (str(path), *words)), said
     assert not (tmp_path / "harm").exists()
 
 
