@@ -71,7 +71,7 @@ def one_line_errors() -> Iterator[None]:
 
 def start(log_with: str | None = None) -> Accelerator:
     """Start Accelerate as its launcher asks, and refuse modes that the scripts don't support."""
-    if log_with and log_with not in get_available_trackers():
+    if log_with and log_with not in map(str, get_available_trackers()):
         fail(f"--log-with {log_with} needs its package: pip install {log_with}")
     accelerator = Accelerator(log_with=log_with, project_dir="runs")
     kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)

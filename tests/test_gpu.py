@@ -96,8 +96,8 @@ def test_a_bfloat16_run_is_killed_continues_and_is_evaluated(
         source += command("linear_eval", argv + words("--epochs 1 --batch-size 16" * trains))
     text = Child(source, tmp_path / "text", **bf16).end(0)
     assert "continuing" in text and text.count(f"device: {device}") == 1 + source.count("run_path")
-    for folder in (out, files):
-        assert len(metrics(folder)) == 9 and all(0 < row["loss"] < 99 for row in metrics(folder))
+    for made in (out, files):
+        assert len(metrics(made)) == 9 and all(0 < row["loss"] < 99 for row in metrics(made))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -48,7 +48,7 @@ def encoder(data, tmp_path):
     network = common.build_encoder("small")
     network(torch.randn(32, 3, 28, 28))
     path = tmp_path / "run" / "encoder.safetensors"
-    about = {"architecture": "small", "stem": "3x3", "image_size": 28, "method": "moco"}
+    about = {"architecture": "small", "stem": "3x3", "image_size": 28}
     common.save_encoder(path, network, **about, data=data)
     return path
 
@@ -85,7 +85,7 @@ def test_a_protocol_prints_and_adds_its_result(encoder, data, capsys, protocol):
     assert last["mean"]["top-1"] == pytest.approx(np.mean(tops))
     assert last["std"]["top-1"] == pytest.approx(np.std(tops, ddof=1))
     assert (last["protocol"], last["data"], last["image_size"]) == (protocol, data, 28)
-    assert last.get("recipe") == ("moco" if protocol == "linear-augmented" else None)
+    assert last.get("recipe") == ("simclr" if protocol == "linear-augmented" else None)
     printed = capsys.readouterr().out
     assert f"image_size 28, arch small, stem 3x3, protocol {protocol}" in printed
     assert "100 test images in percent, ± 9.8" in printed and "seed std" in printed
@@ -339,7 +339,7 @@ def test_files_that_are_missing_or_say_too_little_are_refused(data, tmp_path):
         main([str(tmp_path / "a.pth"), "--arch", "resnet18"])
     with pytest.raises(SystemExit, match="--data"):
         main(["random"])
-    with pytest.raises(SystemExit, match="nowhere"):
+    with pytest.raises(SystemExit, match="nowhere"), common.one_line_errors():
         main(["nowhere.safetensors", "--data", data])
     np.savez(tmp_path / "bare.npz", train_images=np.zeros((4, 8, 8), np.uint8))
     with pytest.raises(SystemExit, match="no labeled"):

@@ -137,7 +137,9 @@ def test_mocos_keys_are_encoded_in_the_same_groups(images, tmp_path):
     queues = []
     for processes in (1, 2):
         out = tmp_path / str(processes)
-        flags = f"--epochs 1 --batch-size 32 --queue-size 32 --data {images} --out {out}"
+        flags = (
+            f"--epochs 1 --batch-size 32 --queue-size 32 --key-groups 2 --data {images} --out {out}"
+        )
         child = Child(command("moco", words(TINY["moco"], flags)), tmp_path / "text", processes)
         child.end(*[0] * processes)
         queues.append(torch.load(out / "checkpoint.pt")["queue"])

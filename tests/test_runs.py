@@ -27,18 +27,18 @@ import common
 # Flags that change what a tiny run learns: of every script, and of one.
 SHARED = "--limit 40 | --image-size 16 | --epochs 3 | --batch-size 8 | --lr 0.3 | --seed 1"
 SHARED += " | --warmup-epochs 1 | --weight-decay 9"
-HEAD = "--augment crop blur | --color-strength 2 | --crop-scale 0.9 | --hidden 24 | --dim 4"
+BOTH = "--augment crop blur | --color-strength 2 | --crop-scale 0.9 | --hidden 24 | --dim 4"
 FLAGS = {
-    "simclr": f"{HEAD} | --gray 1 | --head-layers 3 | --head-layers 0 | --temperature 0.1 "
+    "simclr": f"{BOTH} | --gray 1 | --head-layers 3 | --head-layers 0 | --temperature 0.1 "
     "| --optimizer sgd --lr 0.1 | --optimizer adamw | --chunk-size 5",
-    "moco": f"{HEAD} | --temperature 0.5 | --key-momentum 0.5 | --queue-size 64 | --key-groups 1 "
+    "moco": f"{BOTH} | --temperature 0.5 | --key-momentum 0.5 | --queue-size 64 | --key-groups 1 "
     "| --schedule steps | --optimizer adamw "
     "| --head-layers 1 --schedule steps --temperature 0.07 --augment crop color gray",  # v1
     "swav": "--augment color blur | --color-strength 2 | --hidden 24 | --dim 4 | --epsilon 0.5 "
     "| --crops 2 1 --crop-sizes 12 8 --crop-scales 0.3 1 0.1 0.4 | --crop-scales 0.3 0.5 "
     "| --crop-sizes 8 | --prototypes 9 | --freeze-prototypes 0.3 | --queue-size 0 "
     "| --queue-start 1 | --temperature 0.5 | --optimizer larc --lr 9 | --optimizer sgd",
-    "supcon": f"{HEAD} | --head-layers 1 | --temperature 0.5 | --optimizer adamw "
+    "supcon": f"{BOTH} | --head-layers 1 | --temperature 0.5 | --optimizer adamw "
     "| --label-noise 0.4 | --loss in --label-noise 0.4 | --loss ce --label-noise 0.4",
     "drlim": "--classes 0 1 | --per-class 12 | --graph shifts | --graph shifts-by-pixels "
     "| --graph labels | --neighbours 3 | --ratio 2 | --margin 3 | --dim 3 | --arch small",
@@ -59,17 +59,11 @@ def method(request):
 
 @pytest.fixture(scope="session")
 def labeled(tmp_path_factory, images):
-    """Training images with labels, but no test images, which makes runs short."""
-    path, arrays = tmp_path_factory.mktemp("labeled") / "images.npz", np.load(images)
+    """Training images with labels, but no test images; unlabeled.npz beside it has no labels."""
+    arrays = np.load(images)
+    path = tmp_path_factory.mktemp("labeled") / "labeled.npz"
     np.savez(path, train_images=arrays["train_images"], train_labels=arrays["train_labels"])
-    return path
-
-
-@pytest.fixture(scope="session")
-def unlabeled(tmp_path_factory, images):
-    """Training images alone."""
-    path = tmp_path_factory.mktemp("unlabeled") / "images.npz"
-    np.savez(path, train_images=np.load(images)["train_images"])
+    np.savez(path.with_name("unlabeled.npz"), train_images=arrays["train_images"])
     return path
 
 
@@ -151,12 +145,10 @@ def test_processes_that_read_files_change_nothing(folder, tmp_path):
     assert_same_end(tmp_path / "0", tmp_path / "1")
 
 
-def test_an_encoder_can_have_a_resnets_stems(labeled, tmp_path):
-    for stem, shape in (("3x3", (64, 3, 3, 3)), ("7x7", (64, 3, 7, 7))):
-        flags = f"--arch resnet18 --stem {stem} --epochs 1 --limit 16"
-        run("simclr", "--data", labeled, "--out", tmp_path / stem, flags)
-        encoder, about = common.load_encoder(tmp_path / stem / "encoder.safetensors")
-        assert encoder.conv1.weight.shape == shape and about["stem"] == stem
+def test_an_encoder_can_be_a_resnet(labeled, tmp_path):
+    flags = "--arch resnet18 --stem 7x7 --epochs 1 --limit 16"
+    run("simclr", "--data", labeled, "--out", tmp_path, flags)
+    assert load_file(tmp_path / "encoder.safetensors")["conv1.weight"].shape == (64, 3, 7, 7)
 
 
 # --------------------------------------------------------------------------------------
@@ -173,15 +165,18 @@ def test_a_run_with_the_defaults_leaves_its_files(method, tmp_path, monkeypatch)
     monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", [f"{method}.py"])
-    flags = "--root nowhere --epochs 3 --limit 100 --batch-size 64 --eval-every 2"
-    importlib.import_module(method).main(words(flags))
+    flags = "--epochs 3 --limit 100 --batch-size 64 --eval-every 2"
+    main = importlib.import_module(method).main
+    main(words(flags, "--root nowhere --log-with tensorboard"))
 
     out = tmp_path / "runs" / f"{method}-fashion-mini"
-    assert {path.name for path in out.iterdir()} == FILES | OWN_FILES.get(method, PICTURES)
+    files = FILES | OWN_FILES.get(method, PICTURES)
+    assert {path.name for path in out.iterdir()} == files | {method}  # the curves
     for path in out.glob("*.png"):
         assert len(np.unique(np.asarray(Image.open(path)))) > 50
     config = json.loads((out / "config.json").read_text())
-    assert config["epochs"] == 3 and config["data"] == "fashion-mini" and config["lr"] > 0
+    expected = {"epochs": 3, "data": "fashion-mini", "stem": "3x3", "image_size": 28, "seed": 0}
+    assert expected.items() <= config.items() and config["lr"] > 0
     rows, results = metrics(out), json.loads((out / "results.json").read_text())
     assert load_state(out)["rows"] == [{k: row[k] for k in row if k != "images/s"} for row in rows]
 
@@ -195,14 +190,12 @@ def test_a_run_with_the_defaults_leaves_its_files(method, tmp_path, monkeypatch)
     assert all(40 < value <= 100 for value in results[-1].values())
     if method != "drlim":  # whose own network is not exported
         about = common.load_encoder(out / "encoder.safetensors")[1]
-        expected = {"architecture": "small", "image_size": 28, "data": "fashion-mini"}
-        assert expected.items() <= about.items()
+        assert (about["architecture"], about["image_size"]) == ("small", 28)
 
 
-def test_images_without_labels_train_an_encoder(method, unlabeled, tmp_path):
-    if method == "supcon":
-        pytest.skip("it needs labels, and a test below has it refuse such images")
-    run(method, "--data", unlabeled, "--out", tmp_path)
+@pytest.mark.parametrize("method", ["simclr", "moco", "swav", "drlim"])
+def test_images_without_labels_train_an_encoder(method, labeled, tmp_path):
+    run(method, "--data", labeled.with_name("unlabeled.npz"), "--out", tmp_path)
     assert len(metrics(tmp_path)) == 2 and not {"knn", "5-NN"} & metrics(tmp_path)[1].keys()
     assert (tmp_path / ("map.npz" if method == "drlim" else "encoder.safetensors")).exists()
 
@@ -301,7 +294,7 @@ def test_wrong_flags_are_refused_in_one_line(method, images, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_wrong_files_are_refused_in_one_line(method, images, unlabeled, tmp_path, capsys):
+def test_wrong_files_are_refused_in_one_line(method, images, tmp_path, capsys):
     (tmp_path / "cut.npz").write_bytes(images.read_bytes()[:2000])
     with (tmp_path / "single.npz").open("wb") as file:
         np.save(file, np.zeros((20, 12, 12), np.uint8))
@@ -310,13 +303,13 @@ def test_wrong_files_are_refused_in_one_line(method, images, unlabeled, tmp_path
     for name in ("cut", "single", "four"):
         data = tmp_path / f"{name}.npz"
         assert str(data) in refuse(capsys, method, "--data", data, "--out", tmp_path / "run")
-    for data, out in ((images, "/proc/run"), (images, tmp_path / "cut.npz" / "run")):
-        assert str(out) in refuse(capsys, method, "--data", data, "--out", out)
+    for out in ("/proc/run", tmp_path / "cut.npz" / "run"):
+        assert str(out) in refuse(capsys, method, "--data", images, "--out", out)
     assert not (tmp_path / "run").exists()
 
 
-def test_methods_that_need_classes_refuse_images_without(unlabeled, tmp_path, capsys):
-    flags = ("--data", unlabeled, "--out", tmp_path)
+def test_methods_that_need_classes_refuse_images_without(labeled, tmp_path, capsys):
+    flags = ("--data", labeled.with_name("unlabeled.npz"), "--out", tmp_path)
     assert "class" in refuse(capsys, "supcon", *flags)
     assert "class" in refuse(capsys, "drlim", *flags, "--graph labels")
 
@@ -328,8 +321,7 @@ def test_a_rate_that_is_too_high_is_refused_in_one_line(method, labeled, tmp_pat
 
 
 def test_a_tracker_that_is_not_installed_is_named(images, capsys):
-    missing = [name for name in ("wandb", "mlflow", "swanlab") if not find_spec(name)]
-    for tracker in missing:
+    for tracker in [name for name in ("wandb", "mlflow", "swanlab") if not find_spec(name)]:
         line = refuse(capsys, "moco", "--data", images, "--log-with", tracker)
         assert f"pip install {tracker}" in line
 
@@ -344,14 +336,20 @@ def test_ctrl_c_ends_in_one_line(images, tmp_path):
     assert "stopped" in lines[-1] and "epoch" in lines[-2] and len(metrics(out)) < 999
 
 
-def test_a_full_disk_ends_in_one_line(images, tmp_path):
-    for size in (10**3, 10**6, 2 * 10**6):  # too little for a picture, an encoder, a checkpoint
-        limit = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))\n"
-        argv = words(TINY["simclr"], "--data", images, "--out", tmp_path / "run")
-        child = Child(limit + command("simclr", argv), tmp_path / str(size))
-        lines = child.end(1).splitlines()
-        assert "error: " in lines[-1] and sum("rror" in line for line in lines) == 1, lines
-    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+def test_a_full_disk_ends_in_one_line_and_spares_the_last_checkpoint(images, tmp_path):
+    def fill(size: int, out: str) -> None:
+        source = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))\n"
+        argv = words(TINY["simclr"], "--data", images, "--epochs 4 --out", tmp_path / out)
+        text = Child(source + command("simclr", argv), tmp_path / f"{out}{size}").end(1)
+        assert text.splitlines()[-1].startswith("error: ") and text.count("rror") == 1, text
+
+    for size in (10**3, 10**6):  # too little for a picture, and for an encoder
+        fill(size, "new")
+    assert not (tmp_path / "new" / "checkpoint.pt").exists()
+    run("simclr", "--data", images, "--out", tmp_path / "old")
+    before = (tmp_path / "old" / "checkpoint.pt").read_bytes()
+    fill(len(before) - 10**4, "old")
+    assert (tmp_path / "old" / "checkpoint.pt").read_bytes() == before
 
 
 # --------------------------------------------------------------------------------------
@@ -359,22 +357,22 @@ def test_a_full_disk_ends_in_one_line(images, tmp_path):
 # --------------------------------------------------------------------------------------
 
 VIT = """encoder = torchvision.models.VisionTransformer(12, 4, 1, 2, 32, 32)
-    encoder.heads, encoder.width = nn.Identity(), 32
+    encoder.heads = nn.Identity()
+    encoder.width = 32
 """
 
 
 @pytest.mark.parametrize("method", ["simclr", "moco", "swav", "supcon"])
 def test_an_encoder_of_ones_own_takes_two_edits(method, images, tmp_path):
     source = (ROOT / f"{method}.py").read_text()
-    line = "encoder = common.build_encoder(args.arch, args.stem, args.init)\n"
-    assert source.count(line) == 1
-    source = source.replace(line, VIT).replace(
-        "import common\n", "import common\nimport torchvision\n"
-    )
+    edits = {"encoder = common.build_encoder(args.arch, args.stem, args.init)\n": VIT}
+    edits["import common\n"] = "import common\nimport torchvision\n"
+    for old, new in edits.items():
+        assert source.count(old) == 1
+        source = source.replace(old, new)
     (tmp_path / "own.py").write_text(source)
-    runpy.run_path(str(tmp_path / "own.py"))["main"](
-        words(TINY[method], "--data", images, "--out", tmp_path)
-    )
+    main = runpy.run_path(str(tmp_path / "own.py"))["main"]
+    main(words(TINY[method], "--data", images, "--out", tmp_path))
     weights = load_file(tmp_path / "encoder.safetensors")
     vit = common.torchvision.models.VisionTransformer(12, 4, 1, 2, 32, 32)
     assert vit.load_state_dict(weights, strict=False).unexpected_keys == []
