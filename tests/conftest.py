@@ -41,6 +41,16 @@ def images(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def labeled(tmp_path_factory, images):
+    """Training images with labels, but no test images; unlabeled.npz beside it has no labels."""
+    arrays = np.load(images)
+    path = tmp_path_factory.mktemp("labeled") / "labeled.npz"
+    np.savez(path, train_images=arrays["train_images"], train_labels=arrays["train_labels"])
+    np.savez(path.with_name("unlabeled.npz"), train_images=arrays["train_images"])
+    return path
+
+
+@pytest.fixture(scope="session")
 def folder(images, tmp_path_factory):
     """The same images as files in folders, but that one of them is larger, so files are read."""
     path = tmp_path_factory.mktemp("folder") / "images"

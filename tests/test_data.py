@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, TiffImagePlugin
-from torch.utils.data import dataloader
 from torchvision.transforms.v2 import functional as TF
 
 import common
@@ -407,13 +406,3 @@ def test_views_depend_neither_on_the_readers_nor_on_where_a_run_continues(memory
         for (index, views), (index_, views_) in zip(continued, expected[start:], strict=True):
             assert torch.equal(index, index_) and all(map(torch.equal, views, views_))
     assert not torch.equal(next(batches(files, RECIPES, 4, 8, range(1)))[1][0], expected[0][1][0])
-
-
-def test_processes_are_started_only_for_several_steps_with_files(memory, monkeypatch):
-    monkeypatch.setattr(dataloader, "_MultiProcessingDataLoaderIter", None)
-    memory = replace(memory, workers=2)
-    files = replace(memory, pixels=None)
-    for images, steps in ((memory, 3), (files, 1)):
-        list(batches(images, RECIPES, 4, 0, range(steps)))
-    with pytest.raises(TypeError):
-        list(batches(files, RECIPES, 4, 0, range(3)))

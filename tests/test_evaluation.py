@@ -12,7 +12,6 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 
 import common
@@ -181,22 +180,6 @@ def test_a_saved_encoder_comes_back_the_same(tmp_path):
     for network in (again, build_encoder("small", init=path)):
         assert_same_weights(network, encoder.state_dict())
     assert [*path.parent.iterdir()] == [path]
-
-
-@pytest.mark.parametrize("stem", ["7x7", "3x3"])
-def test_torchvision_and_timm_load_an_encoder_and_give_the_same_features(tmp_path, stem):
-    timm = pytest.importorskip("timm")
-    encoder = build_encoder("resnet18", stem).eval()
-    save_encoder(tmp_path / "encoder.safetensors", encoder, architecture="resnet18", stem=stem)
-    x = torch.randn(2, 3, 32, 32)
-    theirs = torchvision.models.resnet18()
-    theirs.fc = nn.Identity()
-    for network in (theirs, timm.create_model("resnet18", num_classes=0)):
-        if stem == "3x3":
-            network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-            network.maxpool = nn.Identity()
-        network.load_state_dict(safetensors.torch.load_file(tmp_path / "encoder.safetensors"))
-        torch.testing.assert_close(network.eval()(x), encoder(x), atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture

@@ -101,9 +101,9 @@ def test_a_bfloat16_run_is_killed_continues_and_is_evaluated(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_compiled_run_ends(method, device, images, tmp_path):
+def test_a_compiled_run_ends(method, device, labeled, tmp_path):
     backend = {"cpu": "EAGER", "cuda": "INDUCTOR"}[device]  # which takes minutes on a CPU
-    source = command(method, words(TINY[method], "--data", images, "--out", tmp_path))
+    source = command(method, words(TINY[method], "--data", labeled, "--out", tmp_path))
     Child(source, tmp_path / "text", **ON[device], ACCELERATE_DYNAMO_BACKEND=backend).end(0)
     assert all(0 < row["loss"] < 99 for row in metrics(tmp_path))
 

@@ -90,9 +90,13 @@ def record(
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_do_what_one_does_and_one_continues_their_run(case, images, tmp_path):
+def test_two_processes_do_what_one_does_and_one_continues_their_run(
+    case, images, labeled, tmp_path
+):
     method, flags, more = CASES[case]
-    argv = words("--data", images, "--epochs 3 --eval-every 1 --batch-size", SIZE[method], flags)
+    is_evaluated = case in ("moco", "drlim")  # To evaluate all would take longer.
+    data = images if is_evaluated else labeled
+    argv = words("--data", data, "--epochs 3 --eval-every 1 --batch-size", SIZE[method], flags)
 
     def start(name, processes, out, more="", stop=None):
         call = (method, [*argv, *words(more, "--out", tmp_path / out)], f"{tmp_path}/{name}", stop)
@@ -125,12 +129,15 @@ def test_two_processes_do_what_one_does_and_one_continues_their_run(case, images
     assert len(metrics(tmp_path / "two")) == 2
     start("continued", 1, "two", more).end(0)
     for row, whole in zip(*(metrics(tmp_path / name) for name in ("two", "one")), strict=True):
-        for name in row.keys() - {"images/s", "spread"}:
+        for name in ("loss", "chance", "lr"):
             assert row[name] == pytest.approx(whole[name], rel=1e-3), name
-    rows, wholes = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("two", "one"))
-    for row, whole in zip(rows, wholes, strict=True):
-        for name, value in whole.items():
-            assert row[name] == (value if name == "features" else pytest.approx(value, abs=6)), name
+    if is_evaluated:
+        both = [
+            json.loads((tmp_path / name / "results.json").read_text()) for name in ("two", "one")
+        ]
+        for row, whole in zip(*both, strict=True):
+            assert row.pop("features") == whole.pop("features")
+            assert row == pytest.approx(whole, abs=6)  # one of 18 images
 
 
 def test_mocos_keys_are_encoded_in_the_same_groups(images, tmp_path):

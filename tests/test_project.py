@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -205,6 +206,27 @@ def test_an_exported_encoder_has_the_same_features_in_torchvision_and_timm(tmp_p
     for model in models:
         torch.testing.assert_close(model.eval()(x), encoder(x))
     assert len(models) == 2
+
+
+def test_two_edits_bring_an_encoder_of_ones_own(tmp_path, images, monkeypatch):
+    (code,) = (block for block in code_blocks("python") if "vit" in block)
+    code = code.replace("vit_b_16()", "VisionTransformer(12, 4, 1, 2, 32, 32)")  # a tiny one
+    edited = source("common").replace('"resnet18",', '"vit_b_16", "resnet18",', 1)
+    head, found, tail = edited.partition(
+        "    else:\n        encoder = torchvision.models.get_model"
+    )
+    assert found
+    (tmp_path / "common.py").write_text(head + code + found + tail)
+    (tmp_path / "simclr.py").write_text(source("simclr"))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "common")
+    main = runpy.run_path(str(tmp_path / "simclr.py"))["main"]
+    out = tmp_path / "run"
+    main(["--arch", "vit_b_16", "--data", str(images), "--out", str(out), "--epochs", "1"])
+    file = f"{out}/encoder.safetensors"
+    weights = safetensors.torch.load_file(file)
+    assert weights["encoder.pos_embedding"].shape == (1, 10, 32)
+    assert sys.modules["common"].load_encoder(file)[1]["architecture"] == "vit_b_16"
 
 
 def test_arrays_become_a_file_that_is_read(tmp_path, monkeypatch, capsys):
