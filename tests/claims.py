@@ -88,11 +88,10 @@ def figures(command: str, features: str = "trained", metric: str | None = None) 
         return average([run["top-1"] for run in result["runs"]])
     tables = [json.loads((folder / "results.json").read_text()) for folder in folders]
     if command.startswith("drlim"):
-        rows = {row["features"]: row for row in tables[0]}
-        measures = [f"{row['5-NN']:.1f}, PCA {rows['PCA']['5-NN']:.1f}" for row in (rows["DrLIM"],)]
-        measures += [f"flatness {rows['DrLIM']['flatness']:.2f}"]
-        measures += [f"rank {rows['DrLIM']['rank']}"] * ("rank" in rows["DrLIM"])
-        return ", ".join(measures)
+        ours, pca, _ = tables[0]
+        rank = f", rank {ours['rank']} (PCA {pca['rank']})" if "rank" in ours else ""
+        five = f"5-NN {ours['5-NN']:.1f} (PCA {pca['5-NN']:.1f})"
+        return f"{five}, flatness {ours['flatness']:.2f}{rank}"
     rows = [next(row for row in table if row["features"] == features) for table in tables]
     text = " / ".join(average([row[name] for row in rows]) for name in ("kNN", "linear"))
     metrics = [(folder / "metrics.jsonl").read_text().splitlines()[-1] for folder in folders]

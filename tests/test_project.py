@@ -185,7 +185,9 @@ def test_figures_of_the_readme_are_those_of_the_results(name):
     commands, _ = claims.CLAIMS[name]
     for command in commands:
         figures = claims.figures(command, metric=claims.METRIC.get(name))
-        assert any(figures in line for line in README.splitlines()), (command, figures)
+        cells = figures.replace(" / ", " | ")
+        lines = README.splitlines()
+        assert figures == "not run" or any(figures in line or cells in line for line in lines)
     for features in ("untrained", "raw pixels"):
         kNN, linear = claims.figures("simclr.py", features).split(" / ")
         assert f"| {kNN} | {linear} |" in README
@@ -223,10 +225,8 @@ def test_two_edits_bring_an_encoder_of_ones_own(tmp_path, images, monkeypatch):
     main = runpy.run_path(str(tmp_path / "simclr.py"))["main"]
     out = tmp_path / "run"
     main(["--arch", "vit_b_16", "--data", str(images), "--out", str(out), "--epochs", "1"])
-    file = f"{out}/encoder.safetensors"
-    weights = safetensors.torch.load_file(file)
-    assert weights["encoder.pos_embedding"].shape == (1, 10, 32)
-    assert sys.modules["common"].load_encoder(file)[1]["architecture"] == "vit_b_16"
+    encoder, about = sys.modules["common"].load_encoder(out / "encoder.safetensors")
+    assert about["architecture"] == "vit_b_16" and encoder.width == 32
 
 
 def test_arrays_become_a_file_that_is_read(tmp_path, monkeypatch, capsys):
