@@ -140,12 +140,12 @@ def test_two_processes_do_what_one_does_and_one_continues_their_run(
             assert row == pytest.approx(whole, abs=6)  # one of 18 images
 
 
-def test_mocos_keys_are_encoded_in_the_same_groups(images, tmp_path):
+def test_mocos_keys_are_encoded_in_the_same_groups(labeled, tmp_path):
     queues = []
     for processes in (1, 2):
         out = tmp_path / str(processes)
         flags = (
-            f"--epochs 1 --batch-size 32 --queue-size 32 --key-groups 2 --data {images} --out {out}"
+            f"--epochs 1 --batch-size 32 --queue-size 32 --key-groups 2 --data {labeled} --out {out}"
         )
         child = Child(command("moco", words(TINY["moco"], flags)), tmp_path / "text", processes)
         child.end(*[0] * processes)
