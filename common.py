@@ -474,8 +474,7 @@ class Images:
         """Width and height; of files, medians of the shorter and the longer side of up to 100."""
         if self.pixels is not None:
             return self.pixels.shape[3], self.pixels.shape[2]
-        some = self.paths[:: math.ceil(len(self) / 100)]
-        sizes = [sorted(Image.open(path).size) for path in some]
+        sizes = [sorted(Image.open(p).size) for p in self.paths[:: math.ceil(len(self) / 100)]]
         return tuple(int(median) for median in np.median(sizes, axis=0))
 
     @property

@@ -107,13 +107,6 @@ def test_names_that_begin_with_a_dot_are_neither_images_nor_classes(tmp_path, ca
     assert line_of(capsys, tmp_path) == "train: 2 images, 2 classes, 12x12 RGB"
 
 
-def test_links_are_followed_and_names_may_be_of_any_bytes(tmp_path):
-    write(tmp_path, "there/1.png set/2.png set/deep/3.png set/é.png set/\udce9.png")
-    (tmp_path / "set" / "link").symlink_to(tmp_path / "there")
-    images, _, _ = load(tmp_path / "set")
-    assert len(images) == 5 and images.identity
-
-
 def test_limit_is_the_start_of_one_shuffle_of_the_training_images(tmp_path):
     names = [f"{part}/{i % 2}/{i}.png" for part in ("train", "val") for i in range(9)]
     write(tmp_path, " ".join(names))

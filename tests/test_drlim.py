@@ -218,19 +218,9 @@ def test_a_run_leaves_its_metrics_and_its_map(data, tmp_path, graph):
     assert Image.open(out / "map.png").size == (2006, 1004)
 
 
-def test_the_maps_of_pca_and_of_pixels_are_in_the_table(data, splits, tmp_path):
-    pca, pixels = table(run(data, tmp_path / "run"))[1:]
-    train, test = (drlim.load_samples(s, [0, 1, 2], None, 12, True, (0,)) for s in splits)
-    x = train.x.flatten(1)
-    axes = torch.linalg.svd(x - x.mean(0))[2][:2].T
-    exact = drlim.measure(lambda x: x.flatten(1) @ axes, train, test)[0]
-    assert pca["flatness"] == pytest.approx(exact["flatness"], rel=0.02)
-    assert pixels["5-NN"] == drlim.measure(torch.nn.Flatten(), train, test)[0]["5-NN"]
-
-
 def test_a_run_ten_times_as_long_does_not_crush_the_map(tmp_path):
     flags, maps = ("--limit", 300, "--batch-size", 64), []
-    for epochs in (6, 60):
+    for epochs in (3, 30):
         out = run("fashion-mini", tmp_path / str(epochs), *flags, "--epochs", epochs)
         maps.append(table(out)[0])
     short, long = maps

@@ -144,10 +144,9 @@ def test_mocos_keys_are_encoded_in_the_same_groups(labeled, tmp_path):
     queues = []
     for processes in (1, 2):
         out = tmp_path / str(processes)
-        flags = (
-            f"--epochs 1 --batch-size 32 --queue-size 32 --key-groups 2 --data {labeled} --out {out}"
-        )
-        child = Child(command("moco", words(TINY["moco"], flags)), tmp_path / "text", processes)
+        flags = f"--epochs 1 --batch-size 32 --queue-size 32 --key-groups 2 --out {out}"
+        argv = words(TINY["moco"], "--data", labeled, flags)
+        child = Child(command("moco", argv), tmp_path / "text", processes)
         child.end(*[0] * processes)
         queues.append(torch.load(out / "checkpoint.pt")["queue"])
     torch.testing.assert_close(*queues)

@@ -342,7 +342,7 @@ def test_a_full_disk_ends_in_one_line_and_spares_the_last_checkpoint(images, tmp
 
 
 # --------------------------------------------------------------------------------------
-# Parts of a script, used and exchanged
+# The loss alone
 # --------------------------------------------------------------------------------------
 
 
