@@ -185,12 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--temperature", type=common.positive, default=0.2, help="temperature tau of InfoNCE")
     add("--key-momentum", type=common.share, default=0.999, help="m of the momentum update")
     add("--queue-size", type=common.count, help="keys in the queue, K (default: half the images)")
-    add(
-        "--key-groups",
-        type=common.count,
-        default=8,
-        help="groups of all keys, of at least 8 images",
-    )
+    add("--key-groups", type=common.count, default=8, help="groups of keys, of at least 8 images")
     add("--schedule", choices=("cosine", "steps"), default="cosine", help="of the learning rate")
     add("--optimizer", choices=PEAK_LR, default="sgd", help="what updates the weights")
     args = parser.parse_args(argv)

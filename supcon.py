@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     device = accelerator.device
     # The images to train on; those of them that have labels, for kNN; and the test images.
     images, bank, test = common.load_splits(args.data, args.root, args.limit, device, args.workers)
-    images = bank  # Here only they are of use.
+    images = bank  # The loss needs labels.
     if not images or images.num_classes < 2:
         common.fail(f"--data {args.data} has fewer than two classes: see the README for its form")
     presets = PRESETS
