@@ -104,7 +104,8 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
             raise ValueError
         return value
 
-    parse.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # for the message of argparse
+    # For the message of argparse.
+    parse.__name__ = f"{'whole ' if kind is int else ''}number from {low:g} to {high:g}"
     return parse
 
 
@@ -137,7 +138,11 @@ def build_parser(
     add = parser.add_argument_group("encoder").add_argument
     add("--arch", choices=architectures, default="resnet18", help="its architecture")
     add("--stem", choices=("3x3", "7x7"), help="its first layer (default: 3x3 up to 64 pixels)")
-    add("--image-size", type=count, help="side of its inputs (default: the images', at most 224)")
+    add(
+        "--image-size",
+        type=number(int, 8),
+        help="side of its inputs (default: the images', at most 224)",
+    )
     add("--init", help="encoder.safetensors or another checkpoint to start from")
 
     add = parser.add_argument_group("optimization").add_argument
@@ -542,15 +547,11 @@ def read_image(path: str) -> Tensor:
     """Read a file as RGB, turned as its EXIF data say: [3, H, W] uint8."""
     try:
         with Image.open(str(path)) as image:
-            bits = getattr(image, "tag_v2", {}).get(258, 8)  # of a TIFF, for each band
+            bits = getattr(image, "tag_v2", {}).get(258, "")  # of a TIFF, for each band
             layout = f"{image.format} {image.mode} {[tile[3] for tile in image.tile[:1]]} {bits}"
             # Pillow would drop bits (";16", or a largest value in a PPM) or bands ("X" in a TIFF).
-            loses = re.search(r";16|PPM.*, (?!255\))|TIFF.*X", layout)
-            if (
-                loses
-                or np.max(bits) > 8
-                or image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")
-            ):
+            loses = re.search(r";16|PPM.*, (?!255\))|TIFF.*X", layout) or np.max(bits or 8) > 8
+            if loses or image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK"):
                 raise ValueError(f"{layout} is not 8-bit gray, palette, RGB, RGBA or CMYK")
             pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except Exception as error:  # A damaged file can raise almost any exception.
@@ -607,14 +608,13 @@ def load_splits(
         notes.append("views and evaluation show only squares of such long images: cut or pad them")
     PartialState().print("; ".join([f"{name}: {part}" for name, part in splits.items()] + notes))
 
-    images = splits.get("unlabeled", splits["train"])
-    bank, test = splits["train"], splits.get("test")
-    labeled = (bank.labels >= 0).nonzero()[:, 0]
-    if len(labeled) < len(bank):
-        bank = bank.take(labeled) if len(labeled) > 1 else None
-    if not bank or (test and test.labels.min() < 0):
-        test = None
-    return images, bank, test
+    labeled = {}
+    for name, images in splits.items():
+        index = (images.labels >= 0).nonzero()[:, 0]
+        if len(index) > 1:
+            labeled[name] = images if len(index) == len(images) else images.take(index)
+    images, bank = splits.get("unlabeled", splits["train"]), labeled.get("train")
+    return images, bank, labeled.get("test") if bank else None
 
 
 def read_set(name: str, root: str) -> dict[str, tuple[np.ndarray, Sequence[int]]]:
