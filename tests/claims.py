@@ -25,7 +25,7 @@ PROBES = [
     for protocol in ("", " --protocol finetune")
 ]
 SUPCON = [
-    f"supcon.py --epochs 10{loss}{noise}"
+    f"supcon.py --epochs 6{loss}{noise}"
     for loss in ("", " --loss in", " --loss ce")
     for noise in ("", " --label-noise 0.4")
 ]
