@@ -62,7 +62,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise SystemExit("stopped: a training continues when its command is repeated") from None
+        raise SystemExit("stopped: the same command continues from the last checkpoint") from None
     except (OSError, MemoryError, torch.OutOfMemoryError) as error:
         # An error of a process that reads files comes with its traceback, and ends on its line.
         lines = str(error).strip().splitlines() or [repr(error)]
@@ -75,10 +75,11 @@ def start(log_with: str | None = None) -> Accelerator:
         fail(f"--log-with {log_with} needs its package: pip install {log_with}")
     accelerator = Accelerator(log_with=log_with, project_dir="runs")
     kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    is_fp16 = accelerator.mixed_precision == "fp16"
-    accumulates = accelerator.gradient_accumulation_steps > 1
-    if accelerator.distributed_type not in kinds or is_fp16 or accumulates:
+    kind, steps = accelerator.distributed_type, accelerator.gradient_accumulation_steps
+    if kind not in kinds or accelerator.mixed_precision == "fp16" or steps > 1:
         fail("FSDP, DeepSpeed, fp16 and gradient accumulation are not supported: leave them out")
+    if int(os.environ.get("WORLD_SIZE", 1)) > accelerator.num_processes:
+        fail("the processes do not see one another, for want of GPUs: on CPUs, use torchrun")
     torch.backends.cudnn.benchmark = True  # All steps have the same shapes.
     launchers = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
     if launchers and accelerator.device.type == "cpu":  # Each process has a single thread.
@@ -96,7 +97,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
-    """A type for argparse: a number of a kind, int or float, from `low` to `high`."""
+    """A type for argparse, named for its messages: an int or float from `low` to `high`."""
 
     def parse(text: str) -> float:
         value = kind(text)
@@ -104,7 +105,6 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
             raise ValueError
         return value
 
-    # For the message of argparse.
     parse.__name__ = f"{'whole ' if kind is int else ''}number from {low:g} to {high:g}"
     return parse
 
