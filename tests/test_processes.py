@@ -175,11 +175,6 @@ def test_a_run_under_torchrun_is_one_run(images, tmp_path, capsys):
     assert len(metrics(out)) == 3
 
 
-# --------------------------------------------------------------------------------------
-# What is refused
-# --------------------------------------------------------------------------------------
-
-
 def refuse(source, output) -> str:
     """The one line with which two processes refuse to run."""
     text = Child(source, output, 2).end(1, 2)

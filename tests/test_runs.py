@@ -315,6 +315,11 @@ def test_a_tracker_that_is_not_installed_is_named(images, capsys):
         assert f"pip install {tracker}" in line
 
 
+def test_processes_that_do_not_see_one_another_are_refused(images, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "torchrun" in refuse(capsys, "simclr", "--data", images)
+
+
 def test_ctrl_c_ends_in_one_line(images, tmp_path):
     out = tmp_path / "run"
     argv = words(TINY["simclr"], "--epochs 999 --data", images, "--out", out)
