@@ -38,7 +38,7 @@ UNEQUAL = "import swav; swav.sinkhorn = lambda s, epsilon: (s / epsilon).softmax
 CLAIMS = {
     "methods": (["simclr.py", "moco.py", "swav.py", "supcon.py"], (0, 1, 2)),
     "few-labels": (PROBES, (0,)),
-    "supcon": (SUPCON, (0, 1)),
+    "supcon": (SUPCON, (0, 1, 2)),
     "drlim": ([DIGITS, f"{DIGITS} --epochs 150", *SHIFTS], (0,)),
     "moco": (["moco.py --epochs 18", "moco.py --epochs 18 --key-groups 1"], (0, 1, 2)),
     "swav": (["swav.py --epochs 9", "unequal.py --epochs 9"], (0, 1, 2)),
