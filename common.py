@@ -75,9 +75,11 @@ def start(log_with: str | None = None) -> Accelerator:
         fail(f"--log-with {log_with} needs its package: pip install {log_with}")
     accelerator = Accelerator(log_with=log_with, project_dir="runs")
     kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    kind, steps = accelerator.distributed_type, accelerator.gradient_accumulation_steps
-    if kind not in kinds or accelerator.mixed_precision == "fp16" or steps > 1:
+    is_fp16 = accelerator.mixed_precision == "fp16"
+    accumulates = accelerator.gradient_accumulation_steps > 1
+    if accelerator.distributed_type not in kinds or is_fp16 or accumulates:
         fail("FSDP, DeepSpeed, fp16 and gradient accumulation are not supported: leave them out")
+    # Without GPUs, `accelerate launch --multi_gpu` starts processes that are each on their own.
     if int(os.environ.get("WORLD_SIZE", 1)) > accelerator.num_processes:
         fail("the processes do not see one another, for want of GPUs: on CPUs, use torchrun")
     torch.backends.cudnn.benchmark = True  # All steps have the same shapes.
@@ -138,11 +140,7 @@ def build_parser(
     add = parser.add_argument_group("encoder").add_argument
     add("--arch", choices=architectures, default="resnet18", help="its architecture")
     add("--stem", choices=("3x3", "7x7"), help="its first layer (default: 3x3 up to 64 pixels)")
-    add(
-        "--image-size",
-        type=number(int, 8),
-        help="side of its inputs (default: the images', at most 224)",
-    )
+    add("--image-size", type=number(int, 8), help="side of inputs (default: the images', max. 224)")
     add("--init", help="encoder.safetensors or another checkpoint to start from")
 
     add = parser.add_argument_group("optimization").add_argument
