@@ -81,7 +81,7 @@ def start(log_with: str | None = None) -> Accelerator:
         fail("FSDP, DeepSpeed, fp16 and gradient accumulation are not supported: leave them out")
     # Without GPUs, `accelerate launch --multi_gpu` starts processes that are each on their own.
     if int(os.environ.get("WORLD_SIZE", 1)) > accelerator.num_processes:
-        fail("the processes do not see one another, for want of GPUs: on CPUs, use torchrun")
+        fail("there are too few GPUs for all processes: start fewer or, on CPUs, use torchrun")
     torch.backends.cudnn.benchmark = True  # All steps have the same shapes.
     launchers = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
     if launchers and accelerator.device.type == "cpu":  # Each process has a single thread.
@@ -146,8 +146,8 @@ def build_parser(
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=count, default=100, help="passes over the images")
     add("--batch-size", type=number(int, 2), help="images a step (default: 32 to 512, by the set)")
-    add("--lr", type=positive, help="peak learning rate (default: by optimizer and batch size)")
-    add("--warmup-epochs", type=not_negative, default=10.0, help="epochs of linear warm-up")
+    add("--lr", type=positive, help="peak learning rate (otherwise by optimizer and batch)")
+    add("--warmup-epochs", type=not_negative, default=10.0, help="epochs of warm-up, at most half")
     add("--weight-decay", type=not_negative, default=1e-4, help="weight decay")
     add("--seed", type=not_negative_int, default=0, help="of the weights, the order and the views")
 
@@ -1173,7 +1173,7 @@ def finish(
         scores = {"kNN": accuracy(votes, test.labels), "linear": accuracy(logits, test.labels)}
         rows.append({"features": features} | scores)
     error = 196 * math.sqrt(0.25 / len(test))  # at most: 1.96 standard errors of a share of 1/2
-    state.print(f"accuracy on {len(test)} test images in percent, ± {error:.1f}")
+    state.print(f"accuracy on {len(test)} test images in percent, ± {error:.1f}; kNN: K 20, T 0.07")
     state.print("\n".join(describe(row) for row in rows))
     if state.is_main_process:
         with atomic_write(args.out / "results.json") as file:

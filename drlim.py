@@ -12,8 +12,8 @@ http://yann.lecun.com/exdb/publis/pdf/hadsell-chopra-lecun-06.pdf
     python drlim.py --data FOLDER --arch resnet18 --dim 3
 
 Type the same command again to continue an interrupted run. The second command is the paper's first
-experiment. Its second one adds shifted copies of the digits: with --graph shifts --epochs 4 it is
-known which images are copies, with --graph shifts-by-pixels --epochs 4 it is not.
+experiment. Its second one adds shifted copies of the digits: --graph shifts knows which images are
+copies, --graph shifts-by-pixels does not (both with --epochs 4).
 
 Where to find the parts of the paper:
 - section 2.1, the algorithm: `build_graph`, `sample_pairs` and the inner loop of `main`
@@ -278,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = common.build_parser(about, PRESETS, ("paper", *common.ARCHITECTURES))
     parser.set_defaults(arch="paper", epochs=15, lr=0.005, warmup_epochs=0.0, weight_decay=0.0)
     add = parser.add_argument_group("DrLIM").add_argument
-    add("--classes", type=common.not_negative_int, nargs="+", help="their numbers (default: all)")
+    add("--classes", type=common.not_negative_int, nargs="+", help="labels to map (default: all)")
     add("--per-class", type=common.count, default=3000, help="training images of each, at most")
     add("--graph", choices=GRAPHS, default="neighbours", help="which images are similar")
     add("--neighbours", type=common.count, default=5, help="similar images for each image")
@@ -302,7 +302,7 @@ def main(argv: list[str] | None = None) -> None:
     train = load_samples(bank, classes, args.per_class, size, is_paper, shifts)
     test = load_samples(test, classes, None, size, is_paper, shifts) if test else train
 
-    # An epoch shows so many similar pairs: all or, with --graph shifts, a random part of them.
+    # An epoch has all similar pairs or, with --graph shifts, a random part of them.
     partners, groups = build_graph(args.graph, train, args.neighbours)
     epoch_steps = len(train.x) * args.neighbours // args.batch_size
     if epoch_steps == 0:

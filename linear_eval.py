@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--data", help=f"{', '.join(common.SETS)}, a folder or an .npz file (default: as trained)")
     add("--root", default="data", help="where torchvision's sets are, or are downloaded to")
     add("--limit", type=common.number(int, 2), help="use a subset of this many training images")
-    workers = min(16, os.cpu_count())
+    workers = min(16, os.cpu_count() // common.LOCAL_PROCESSES)
     add(
         "--workers", type=common.not_negative_int, default=workers, help="processes that read files"
     )
@@ -320,6 +320,8 @@ def main(argv: list[str] | None = None) -> None:
 
         if not trains and (seed == 0 or args.encoder == "random"):
             h, h_test = (common.extract_features(encoder, s, args.image_size) for s in (bank, test))
+            if not (h.isfinite().all() and h_test.isfinite().all()):
+                common.fail(f"the features of {args.encoder} are not finite: use another encoder")
         if args.protocol == "linear":
             scores = common.linear_probe(h[labeled], y, h_test, seed)
         elif args.protocol == "knn":
@@ -331,9 +333,7 @@ def main(argv: list[str] | None = None) -> None:
             network = train(encoder, images, args.image_size, recipe, frozen, accelerator, seed)
             scores = common.extract_features(network, test, args.image_size)  # the logits
         if not scores.isfinite().all():
-            common.fail(
-                f"the scores of seed {seed} are not finite: use a lower --lr or another encoder"
-            )
+            common.fail(f"the scores of seed {seed} are not finite: use a lower --lr")
         after = encoder.state_dict()
         assert all(torch.equal(before[name], after[name]) for name in before), "encoder changed"
 

@@ -67,7 +67,6 @@ PRESETS = {
         "crop_scale": 0.08,
         "key_momentum": 0.99,
         "temperature": 0.1,
-        "queue_size": 4096,
     },
     "large": {"batch_size": 256, "epochs": 200, "warmup_epochs": 0.0},
 }
@@ -184,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--dim", type=common.count, default=128, help="dimensions of q and k")
     add("--temperature", type=common.positive, default=0.2, help="temperature tau of InfoNCE")
     add("--key-momentum", type=common.share, default=0.999, help="m of the momentum update")
-    add("--queue-size", type=common.count, help="keys in the queue, K (default: half the images)")
+    add("--queue-size", type=common.count, help="keys in the queue, K (default: by the set)")
     add("--key-groups", type=common.count, default=8, help="groups of keys, of at least 8 images")
     add("--schedule", choices=("cosine", "steps"), default="cosine", help="of the learning rate")
     add("--optimizer", choices=PEAK_LR, default="sgd", help="what updates the weights")
@@ -197,8 +196,9 @@ def main(argv: list[str] | None = None) -> None:
     # Flags that are not given take the defaults for such images.
     args = common.parse_for(images, parser, PRESETS, argv)
 
-    if args.queue_size is None:  # The paper's is 65,536, of 1.28 million images.
-        args.queue_size = max(args.batch_size, min(65536, len(images) // 2))
+    if args.queue_size is None:  # the demo's or the paper's, but at most half the images
+        most = 4096 if args.image_size <= 64 else 65536
+        args.queue_size = max(args.batch_size, min(most, len(images) // 2))
     if args.batch_size > args.queue_size:
         common.fail(f"--queue-size {args.queue_size} is less than the keys of a step")
 
@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
     peak_lr = args.lr or PEAK_LR[args.optimizer] * args.batch_size / 256
     optimizer = build_optimizer(args.optimizer, f_q.parameters(), peak_lr, args.weight_decay)
     model, optimizer = accelerator.prepare(f_q, optimizer)
-    key_model = accelerator.prepare_model(f_k, evaluation_mode=True)  # no DDP; it still trains
+    key_model = accelerator.prepare_model(f_k, evaluation_mode=True)  # no DDP, but in train mode
     own_images = args.batch_size // accelerator.num_processes
     groups = max(1, min(args.key_groups // accelerator.num_processes, own_images // 8))
 
@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
             # positives of its queries are its own part of them.
             x_q, x_k = views
             update_key_encoder(f_k, f_q, args.key_momentum)
-            shuffle_rng = common.generator(args.seed, epoch, step, 1)  # The views have another.
+            shuffle_rng = common.generator(args.seed, epoch, step, 1)  # not that of the views
             k = encode_keys(key_model, x_k, groups, shuffle_rng, accelerator)
             q = model(x_q.contiguous(memory_format=torch.channels_last)).float()
             q = F.normalize(q, dim=1)

@@ -243,14 +243,14 @@ def main(argv: list[str] | None = None) -> None:
         help="least and largest area of the crops of each resolution, as shares of the image's",
     )
     add("--color-strength", type=common.not_negative, default=1.0, help="strength s of the jitter")
-    add("--hidden", type=common.count, help="width of its inner layers (default: the encoder's)")
+    add("--hidden", type=common.count, help="hidden width of the head (default: the encoder's)")
     add("--dim", type=common.count, default=128, help="dimensions of z")
     add("--prototypes", type=common.count, default=3000, help="number of prototypes, K")
     add(
         "--freeze-prototypes",
         type=common.not_negative,
         default=1.0,
-        help="epochs in which they rest",
+        help="first epochs, in which the prototypes are not trained",
     )
     add("--temperature", type=common.positive, default=0.1, help="temperature tau of the softmax")
     add("--epsilon", type=common.positive, default=0.05, help="weight of the entropy, Eq. 3")
@@ -308,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
     epoch_steps = len(images) // args.batch_size
     total_steps = args.epochs * epoch_steps
     warmup_steps = min(round(args.warmup_epochs * epoch_steps), total_steps // 2)
-    # From these steps on, the prototypes are trained, the queue is filled, and it is full.
+    # The steps from which the prototypes are trained, the queue is filled, and the queue is full.
     unfreeze_step = round(args.freeze_prototypes * epoch_steps)
     queue_start_step = round(args.queue_start * epoch_steps)
     queue_full_step = queue_start_step + math.ceil(args.queue_size / args.batch_size)
