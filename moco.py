@@ -196,9 +196,9 @@ def main(argv: list[str] | None = None) -> None:
     # Flags that are not given take the defaults for such images.
     args = common.parse_for(images, parser, PRESETS, argv)
 
-    if args.queue_size is None:  # the demo's or the paper's, but at most half the images
+    if args.queue_size is None:  # the demo's or the paper's, but at most a tenth of the images
         most = 4096 if args.image_size <= 64 else 65536
-        args.queue_size = max(args.batch_size, min(most, len(images) // 2))
+        args.queue_size = max(args.batch_size, min(most, len(images) // 10))
     if args.batch_size > args.queue_size:
         common.fail(f"--queue-size {args.queue_size} is less than the keys of a step")
 

@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
         help="first epochs, in which the prototypes are not trained",
     )
     add("--temperature", type=common.positive, default=0.1, help="temperature tau of the softmax")
-    add("--epsilon", type=common.positive, default=0.05, help="weight of the entropy, Eq. 3")
+    add("--epsilon", type=common.positive, help="entropy's weight, Eq. 3 (default: 0.05 or 0.01)")
     add(
         "--queue-size",
         type=common.not_negative_int,
@@ -282,6 +282,10 @@ def main(argv: list[str] | None = None) -> None:
     for i, crops in enumerate(args.crops):  # of each resolution
         scale = tuple(args.crop_scales[2 * i : 2 * i + 2])
         recipes.append((crops, augmentation(args.augment, sizes[i], scale, args.color_strength)))
+
+    if args.epsilon is None:  # Codes of fewer images than prototypes must be sharper.
+        sharing = args.batch_size + args.queue_size
+        args.epsilon = 0.05 if sharing >= args.prototypes else 0.01
 
     # Encoder, head and prototypes are one module, so that a step is one forward pass.
     torch.manual_seed(args.seed)

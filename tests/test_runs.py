@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from child import ROOT, SAVE_OFTEN, Child, command
-from conftest import METHODS, TINY, metrics, run, words
+from conftest import BRIEF, HEAD, METHODS, TINY, metrics, run, words
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -116,6 +116,20 @@ def test_a_flag_changes_what_is_learned(method, flags, plain_losses, labeled, tm
     run(method, "--data", labeled, "--out", tmp_path, flags)
     losses = [row["loss"] for row in metrics(tmp_path)]
     assert all(map(math.isfinite, losses)) and losses != plain_losses[method]
+
+
+@pytest.mark.parametrize(
+    ("method", "flags", "name", "value"),
+    [
+        ("moco", "--batch-size 2", "queue_size", 4),  # a tenth of the 48 images
+        ("swav", "--prototypes 50 --queue-size 34", "epsilon", 0.05),  # of 16 images and the queue
+        ("swav", "--prototypes 51 --queue-size 34", "epsilon", 0.01),
+    ],
+)
+def test_flags_not_given_follow_from_the_images(method, flags, name, value, images, tmp_path):
+    main = importlib.import_module(method).main
+    main(words(BRIEF, HEAD, "--data", images, "--out", tmp_path, flags))
+    assert json.loads((tmp_path / "config.json").read_text())[name] == value
 
 
 def test_init_is_where_training_starts(method, labeled, tmp_path):
